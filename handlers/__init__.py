@@ -1,0 +1,1 @@
+"""Stages, chains and their policies: what happens to a row. Knows no broker."""

@@ -1,0 +1,150 @@
+"""What a handler may ask about its row, and what it may do besides returning one."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, MutableMapping
+from typing import Any, NamedTuple
+
+from ..state.errors import ConfigError
+from ..state.model import RESERVED_PREFIX, Headers, Row
+
+_LOG = logging.getLogger("rowmill.handler")
+
+
+class Emit(NamedTuple):
+    """A side output: a row for another topic, which appears together with the row's results."""
+
+    topic: str
+    row: Row
+    key: bytes | None
+    headers: Headers
+
+
+class RowContext:
+    """The second argument of a handler that asks for one (``def score(row, ctx)``).
+
+    ``topic``, ``partition``, ``offset`` say where the row came from; ``session`` which execution this is.
+    ``key`` (str, or bytes with ``keys="bytes"``, or None), ``timestamp`` (ms) and ``headers`` are the row's own
+    and may be assigned: results carry what stands there when the row completes. One context serves a row through
+    all stages. It must not be used after the row completed.
+    """
+
+    __slots__ = ("_headers", "_key", "emitted", "offset", "partition", "session", "timestamp", "topic")
+
+    def __init__(
+        self,
+        topic: str,
+        partition: int,
+        offset: int,
+        timestamp: int,
+        key: str | bytes | None,
+        headers: Headers,
+        session: str,
+    ) -> None:
+        self.topic = topic
+        self.partition = partition
+        self.offset = offset
+        self.timestamp = timestamp
+        self.session = session
+        self._key = key
+        self._headers = headers
+        self.emitted: list[Emit] = []
+
+    @property
+    def key(self) -> str | bytes | None:
+        """The row's key; assign str, bytes or None to give the results another one."""
+        return self._key
+
+    @key.setter
+    def key(self, value: str | bytes | None) -> None:
+        key_bytes(value)
+        self._key = value
+
+    @property
+    def headers(self) -> Headers:
+        """The row's headers in order, as (name, bytes) pairs; assign pairs or a mapping to change the results'."""
+        return self._headers
+
+    @headers.setter
+    def headers(self, value: Mapping[str, str | bytes | None] | Headers) -> None:
+        self._headers = header_pairs(value)
+
+    @property
+    def log(self) -> logging.LoggerAdapter[logging.Logger]:
+        """A logger whose lines name session and row."""
+        return _RowLog(_LOG, {"session": self.session, "row": f"{self.topic}/{self.partition}/{self.offset}"})
+
+    def emit(
+        self,
+        topic: str,
+        row: Row,
+        *,
+        key: str | bytes | None = None,
+        headers: Mapping[str, str | bytes | None] | Headers = (),
+    ) -> None:
+        """Send ``row`` to ``topic`` as well, together with this row's results or not at all.
+
+        Args:
+            topic: its name; created when absent, where creation is allowed.
+            row: a JSON object.
+            key: str, bytes or None; None sends it without a key.
+            headers: pairs or a mapping.
+
+        Raises:
+            ConfigError: the topic is no text, the row is no dict, or a key or header is no text or bytes.
+        """
+        if not isinstance(topic, str):
+            raise ConfigError("emit(topic=)", topic, "a topic's name is str")
+        if not isinstance(row, dict):
+            raise ConfigError("emit(row=)", row, "a row is a dict")
+        self.emitted.append(Emit(topic, row, key_bytes(key), header_pairs(headers)))
+
+
+class _RowLog(logging.LoggerAdapter[logging.Logger]):
+    def process(self, msg: Any, kwargs: MutableMapping[str, Any]) -> tuple[Any, MutableMapping[str, Any]]:
+        extra = self.extra or {}
+        kwargs["extra"] = {**extra, **(kwargs.get("extra") or {})}
+        return f"[{extra['session']} {extra['row']}] {msg}", kwargs
+
+
+def key_bytes(key: str | bytes | None) -> bytes | None:
+    """A key as it goes on the wire.
+
+    Raises:
+        ConfigError: neither text, bytes nor None, or text with lone surrogates.
+    """
+    if key is None or isinstance(key, bytes):
+        return key
+    if not isinstance(key, str):
+        raise ConfigError("key", key, "a key is str, bytes or None")
+    return _utf8("key", key)
+
+
+def header_pairs(headers: Mapping[str, str | bytes | None] | Headers) -> Headers:
+    """Headers as they go on the wire: (name, bytes or None) in order.
+
+    Raises:
+        ConfigError: a name or value of another type, or a name that rowmill keeps for itself.
+    """
+    pairs = headers.items() if isinstance(headers, Mapping) else headers
+    checked: list[tuple[str, bytes | None]] = []
+    for name, value in pairs:
+        if not isinstance(name, str):
+            raise ConfigError("headers", name, "a header's name is str")
+        _utf8("header name", name)
+        if name.startswith(RESERVED_PREFIX):
+            raise ConfigError("headers", name, f"names that begin with {RESERVED_PREFIX!r} are rowmill's own")
+        if isinstance(value, str):
+            value = _utf8(f"header {name}", value)
+        elif value is not None and not isinstance(value, bytes):
+            raise ConfigError(f"header {name}", value, "a header's value is str, bytes or None")
+        checked.append((name, value))
+    return tuple(checked)
+
+
+def _utf8(what: str, text: str) -> bytes:
+    try:
+        return text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise ConfigError(what, text, "text must be valid Unicode (no lone surrogates)") from None

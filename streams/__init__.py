@@ -1,0 +1,1 @@
+"""Brokers, partition tasks, workers, runs and the command line: everything that knows of topics."""

@@ -1,0 +1,1 @@
+"""Where topics live: one port (``base``), two adapters (``kafka``, ``local``), opened by URL (``open``)."""

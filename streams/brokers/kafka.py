@@ -1,0 +1,812 @@
+"""``kafka://host:port,…``: the broker port on Apache Kafka, through aiokafka. The one file that knows it.
+
+Every oddity of the client that is dealt with here is described in the project's FACTS; comments name them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import logging
+import struct
+from collections.abc import AsyncIterator, Awaitable, Collection, Coroutine, Iterator, Mapping, Sequence
+from typing import Any
+
+import aiokafka
+from aiokafka import errors as kafka_errors
+from aiokafka.admin import AIOKafkaAdminClient, NewTopic
+from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
+from aiokafka.consumer.fetcher import READ_COMMITTED, PartitionRecords
+from aiokafka.protocol.admin import DeleteGroupsRequest, DeleteTopicsRequest
+from aiokafka.protocol.commit import OffsetFetchRequest
+from aiokafka.protocol.fetch import FetchRequest
+from aiokafka.record.default_records import _DefaultRecordBatchPy, _DefaultRecordPy
+
+from ...state.clock import Clock
+from ...state.model import Committed, Outgoing, Record, TopicPartition
+from ..deadlines import deadline
+from ..errors import (
+    BrokerError,
+    BrokerUnreachableError,
+    FencedError,
+    GroupBusyError,
+    OffsetOutOfRangeError,
+    TopicError,
+)
+from .base import (
+    AssignmentListener,
+    Broker,
+    BrokerInfo,
+    Member,
+    Moment,
+    Producer,
+    Reader,
+    TopicInfo,
+    TopicSpec,
+    TransactionalProducer,
+)
+from .kafka_records import read_record
+from .security import KafkaSecurity
+
+log = logging.getLogger(__name__)
+
+START_SECONDS = 9.0
+"""How long the first connection may take; "unreachable" is said within 10 s."""
+CALL_SECONDS = 30.0
+"""How long one administrative call may take, its own retries included."""
+CLOSE_SECONDS = 5.0
+"""How long an orderly goodbye may take before connections are simply cut."""
+RETRY_PAUSE = 0.1
+_METADATA_ATTEMPTS = 20
+_RECORD_BYTES = 100
+"""More than the lengths, offsets and times of a record take, and than the head of a batch."""
+
+BATCH_BYTES = 1_000_000
+"""Size of the record batches that are built: just below the broker's default ``max.message.bytes``."""
+
+_FENCED = (
+    kafka_errors.ProducerFenced,
+    kafka_errors.InvalidProducerEpoch,
+    kafka_errors.TransactionCoordinatorFenced,
+    kafka_errors.InvalidProducerIdMapping,
+)
+# A header name that is not UTF-8 surfaces as either, depending on whether the client's C extension is there.
+_UNPARSABLE = (kafka_errors.CorruptRecordException, UnicodeDecodeError)
+_REFUSED = (
+    kafka_errors.TopicAuthorizationFailedError,
+    kafka_errors.GroupAuthorizationFailedError,
+    kafka_errors.ClusterAuthorizationFailedError,
+    kafka_errors.TransactionalIdAuthorizationFailed,
+)
+
+
+@contextlib.contextmanager
+def _translated(what: str) -> Iterator[None]:
+    """The client's errors as ours. In its fatal state it raises AssertionError (FACTS), which is a BrokerError."""
+    try:
+        yield
+    except _FENCED as error:
+        raise FencedError(f"{what}: another worker has taken over ({type(error).__name__})") from error
+    except _REFUSED as error:
+        raise TopicError(f"{what}: not allowed ({error}); grant the ACLs that README lists") from error
+    except kafka_errors.MessageSizeTooLargeError as error:
+        raise TopicError(f"{what}: a record exceeds the topic's max.message.bytes ({error})") from error
+    except (kafka_errors.InvalidTimestampError, kafka_errors.RecordListTooLargeError) as error:
+        raise TopicError(f"{what}: refused for good ({type(error).__name__}: {error})") from error
+    except kafka_errors.UnknownTopicOrPartitionError as error:
+        raise TopicError(f"{what}: no such topic or partition ({error})") from error
+    except (kafka_errors.KafkaError, kafka_errors.IllegalOperation, AssertionError, OSError) as error:
+        raise BrokerError(f"{what}: {type(error).__name__}: {error}") from error
+
+
+class KafkaBroker(Broker):
+    """Topics on Apache Kafka.
+
+    Args:
+        bootstrap: ``host:port`` of some brokers, separated by commas.
+        clock: time for retries.
+        security: TLS and SASL; None for plain text.
+        session_timeout: seconds without a heartbeat after which a member's partitions go to others.
+    """
+
+    default_partitions = 6
+    max_message_bytes = BATCH_BYTES
+
+    def __init__(
+        self,
+        bootstrap: str,
+        *,
+        clock: Clock,
+        security: KafkaSecurity | None = None,
+        session_timeout: float = 10.0,
+    ) -> None:
+        self.url = f"kafka://{bootstrap}"
+        self._clock = clock
+        self._session_timeout = session_timeout
+        self._connection: dict[str, Any] = {"bootstrap_servers": bootstrap, "request_timeout_ms": 20_000}
+        self._connection |= security.client_options() if security else {}
+        # At DEBUG the client logs keys and values (FACTS): never let it.
+        client_log = logging.getLogger("aiokafka")
+        if client_log.getEffectiveLevel() < logging.INFO:
+            client_log.setLevel(logging.INFO)
+        self._admin: AIOKafkaAdminClient | None = None
+        self._lookup: aiokafka.AIOKafkaConsumer | None = None
+        self._uncommitted: aiokafka.AIOKafkaConsumer | None = None
+        self._opening = asyncio.Lock()
+        self._limits: dict[str, int] = {}
+
+    async def start(self) -> None:
+        """Connect; see the port."""
+        admin = AIOKafkaAdminClient(**self._connection)
+        lookup = aiokafka.AIOKafkaConsumer(
+            isolation_level="read_committed", enable_auto_commit=False, **self._connection
+        )
+        try:
+            async with asyncio.timeout(START_SECONDS):
+                await admin.start()
+                await lookup.start()
+        except (TimeoutError, kafka_errors.KafkaError, OSError) as error:
+            await _stop(lookup.stop(), lookup._client)  # noqa: SLF001 - a failed start leaves connections open
+            await _stop(admin.close(), admin._client)  # noqa: SLF001
+            raise BrokerUnreachableError(
+                f"{self.url}: no broker answers ({_reason(error)}); check the address, that Kafka runs there, and "
+                "its TLS and SASL settings"
+            ) from error
+        self._admin, self._lookup = admin, lookup
+
+    async def close(self) -> None:
+        """Disconnect."""
+        consumers, admin = [self._lookup, self._uncommitted], self._admin
+        self._lookup = self._uncommitted = self._admin = None
+        for consumer in consumers:
+            if consumer is not None:
+                await _stop(consumer.stop(), consumer._client)  # noqa: SLF001
+        if admin is not None:
+            await _stop(admin.close(), admin._client)  # noqa: SLF001
+
+    # --- what is there -----------------------------------------------------------------------------------------
+
+    async def info(self) -> BrokerInfo:
+        """Kind, release as far as the protocol tells it, nodes."""
+        async with self._call("describe the cluster"):
+            cluster = await self._started().describe_cluster()
+            return BrokerInfo(self.url, "Apache Kafka", _release(self._started()), len(cluster["brokers"]))
+
+    async def topics(self) -> dict[str, TopicInfo]:
+        """All topics but Kafka's internal ones."""
+        async with self._call("list topics"):
+            described = await self._started().describe_topics()
+        return {
+            entry["topic"]: TopicInfo(entry["topic"], len(entry["partitions"]))
+            for entry in described
+            if not entry["is_internal"] and not entry["error_code"]
+        }
+
+    async def record_limits(self, topics: Collection[str]) -> dict[str, int]:
+        """``max.message.bytes`` of each; it holds for a whole batch, so batches are kept below it as well."""
+        unknown = [topic for topic in topics if topic not in self._limits]
+        if unknown:
+            wanted = [ConfigResource(ConfigResourceType.TOPIC, topic) for topic in unknown]
+            async with self._call("read topic settings"):
+                responses = await self._started().describe_configs(wanted)
+            self._limits |= _limits(responses, unknown)
+        return {topic: self._limits[topic] for topic in topics}
+
+    async def create_topics(self, specs: Sequence[TopicSpec]) -> None:
+        """Make the absent ones; the replication factor is 3, or the number of brokers if that is less."""
+        present = await self.topics()
+        absent = [spec for spec in specs if spec.name not in present]
+        if not absent:
+            return
+        replicas = min(3, (await self.info()).nodes)
+        wanted = [
+            NewTopic(
+                spec.name,
+                self.default_partitions if spec.partitions is None else spec.partitions,
+                replicas,
+                topic_configs=dict(spec.config),
+            )
+            for spec in absent
+        ]
+        async with self._call("create topics"):
+            response = await self._started().create_topics(wanted, timeout_ms=int(CALL_SECONDS * 1000))
+            for name, code, *detail in response.topic_errors:
+                _check_created(name, code, str(detail[0]) if detail and detail[0] else "")
+            await self._await_leaders([spec.name for spec in absent])
+
+    async def _await_leaders(self, names: Collection[str]) -> None:
+        """create_topics returns before brokers know the topic; wait until every partition has a leader."""
+        while True:
+            described = await self._started().describe_topics(list(names))
+            leaders = [p["leader"] for entry in described for p in entry["partitions"]]
+            if leaders and min(leaders) >= 0 and not any(entry["error_code"] for entry in described):
+                return
+            await self._clock.sleep(RETRY_PAUSE)
+
+    async def delete_topics(self, names: Collection[str]) -> None:
+        """Delete, and wait until the names are gone from the metadata."""
+        present = set(await self.topics()) & set(names)
+        if not present:
+            return
+        async with self._call("delete topics"):
+            request = DeleteTopicsRequest(sorted(present), int(CALL_SECONDS * 1000))
+            response = await self._started()._send_to_controller(request)  # noqa: SLF001 - delete_topics drops errors
+            for name, code in response.topic_error_codes:
+                error = kafka_errors.for_code(code)
+                if error not in (kafka_errors.NoError, kafka_errors.UnknownTopicOrPartitionError):
+                    raise error(name)
+            while present & set(await self.topics()):
+                await self._clock.sleep(RETRY_PAUSE)
+
+    async def offsets(self, partitions: Collection[TopicPartition], at: Moment) -> dict[TopicPartition, int]:
+        """Log start, last stable offset, or first record at a time."""
+        if not partitions:
+            return {}
+        await self._check_exist(partitions)
+        tps = [aiokafka.TopicPartition(*tp) for tp in partitions]
+        async with self._call("look up offsets"):
+            lookup = self._looking()
+            if at == "earliest":
+                found = await lookup.beginning_offsets(tps)
+            elif at == "end":
+                found = await lookup.end_offsets(tps)
+            elif at == "high_watermark":
+                found = await self._high_watermarks(tps)
+            else:
+                found = await self._offsets_at(lookup, tps, at)
+        return {TopicPartition(*tp): offset for tp, offset in found.items()}
+
+    async def _high_watermarks(self, tps: Sequence[Any]) -> dict[Any, int]:
+        """What end_offsets answers to a consumer that also sees open transactions."""
+        async with self._opening:
+            if self._uncommitted is None:
+                consumer = aiokafka.AIOKafkaConsumer(enable_auto_commit=False, **self._connection)
+                try:
+                    await consumer.start()
+                except BaseException:
+                    await _stop(consumer.stop(), consumer._client)  # noqa: SLF001
+                    raise
+                self._uncommitted = consumer
+        found: dict[Any, int] = await self._uncommitted.end_offsets(tps)
+        return found
+
+    async def _offsets_at(self, lookup: Any, tps: Sequence[Any], at: int) -> dict[Any, int]:
+        ends = await lookup.end_offsets(tps)
+        timed = await lookup.offsets_for_times(dict.fromkeys(tps, at))
+        # The lookup by time also finds records beyond the last stable offset; a reader would not see them yet.
+        return {tp: min(ends[tp], timed[tp].offset) if timed[tp] else ends[tp] for tp in tps}
+
+    async def _check_exist(self, partitions: Collection[TopicPartition]) -> None:
+        counts = {name: topic.partitions for name, topic in (await self.topics()).items()}
+        for tp in partitions:
+            if tp.partition >= counts.get(tp.topic, 0):
+                raise TopicError(f"{tp}: no such partition on {self.url}; `rowmill topics` lists what there is")
+
+    # --- groups ------------------------------------------------------------------------------------------------
+
+    async def committed(
+        self, group: str, partitions: Collection[TopicPartition]
+    ) -> dict[TopicPartition, Committed | None]:
+        """OffsetFetch, with the two errors checked that the client's own calls overlook (FACTS, "Fencing")."""
+        by_topic: dict[str, list[int]] = {}
+        for tp in partitions:
+            by_topic.setdefault(tp.topic, []).append(tp.partition)
+        request = OffsetFetchRequest(group, list(by_topic.items()))
+        async with self._call(f"read the offsets of group {group}"):
+            while True:
+                try:
+                    coordinator = await self._started().find_coordinator(group)
+                    response = await self._started()._send_request(request, coordinator)  # noqa: SLF001
+                    return _committed(response, partitions)
+                except kafka_errors.KafkaError as error:
+                    if not getattr(error, "retriable", False):
+                        raise
+                await self._clock.sleep(RETRY_PAUSE)
+
+    async def groups(self) -> list[str]:
+        """Every group that some broker coordinates."""
+        async with self._call("list groups"):
+            return sorted({str(group[0]) for group in await self._started().list_consumer_groups()})
+
+    async def delete_groups(self, names: Collection[str]) -> None:
+        """Forget groups; each at its coordinator, one that is absent or already gone is no error."""
+        async with self._call("delete groups"):
+            for name in names:
+                coordinator = await self._started().find_coordinator(name)
+                response = await self._started()._send_request(  # noqa: SLF001 - the client has the message, no call
+                    DeleteGroupsRequest([name]), coordinator
+                )
+                for _, code in response.results:
+                    error = kafka_errors.for_code(code)
+                    if error is kafka_errors.NonEmptyGroup:
+                        raise GroupBusyError(f"group {name} has a member; stop its workers first")
+                    if error not in (kafka_errors.NoError, kafka_errors.GroupIdNotFound):
+                        raise error(name)
+
+    # --- readers and producers ---------------------------------------------------------------------------------
+
+    def reader(self) -> Reader:
+        """A reader without a group."""
+        return KafkaReader(self._consumer(), self)
+
+    def member(self, group: str, topics: Collection[str]) -> Member:
+        """A member of a consumer group."""
+        consumer = self._consumer(
+            group_id=group,
+            session_timeout_ms=int(self._session_timeout * 1000),
+            heartbeat_interval_ms=int(self._session_timeout * 1000 / 4),
+            # The default is the session time-out, which is short for handing over many partitions (FACTS).
+            rebalance_timeout_ms=60_000,
+            # Never: past it the client leaves, and comes back only when it is polled, which a worker without
+            # partitions, or with full buffers, does not do. The worker watches its own progress instead.
+            max_poll_interval_ms=2**31 - 1,
+        )
+        return KafkaMember(consumer, self, topics)
+
+    def producer(self) -> Producer:
+        """An idempotent producer."""
+        return KafkaProducer(self._producer(enable_idempotence=True), self._limits)
+
+    def transactional_producer(self, transactional_id: str) -> TransactionalProducer:
+        """A transactional producer; a transaction that is left open ends by itself after a minute."""
+        return KafkaTransactionalProducer(
+            self._producer(transactional_id=transactional_id, transaction_timeout_ms=60_000),
+            self._limits,
+            transactional_id,
+        )
+
+    def _consumer(self, **options: Any) -> aiokafka.AIOKafkaConsumer:
+        return aiokafka.AIOKafkaConsumer(
+            isolation_level="read_committed",
+            enable_auto_commit=False,
+            auto_offset_reset="none",
+            max_partition_fetch_bytes=4 * 1024 * 1024,
+            **self._connection,
+            **options,
+        )
+
+    def _producer(self, **options: Any) -> aiokafka.AIOKafkaProducer:
+        return aiokafka.AIOKafkaProducer(acks="all", max_batch_size=BATCH_BYTES, **self._connection, **options)
+
+    # --- raw access, for records that the client cannot parse --------------------------------------------------
+
+    async def rescue(self, tp: TopicPartition, offset: int, max_records: int) -> tuple[list[Record], int]:
+        """Fetch and parse by hand what lies at ``offset``: the records, and where to go on."""
+        client = self._looking()._client  # noqa: SLF001
+        request = FetchRequest(
+            0, 0, 4 * 1024 * 1024, READ_COMMITTED, [(tp.topic, [(tp.partition, offset, 4 * 1024 * 1024)])]
+        )
+        async with self._call(f"read {tp} at offset {offset:,}"):
+            await client._wait_on_metadata(tp.topic)  # noqa: SLF001
+            leader = client.cluster.leader_for_partition(aiokafka.TopicPartition(*tp))
+            response = await client.send(leader, request)
+            partition = response.topics[0][1][0]
+            code, aborted, data = partition[1], partition[-3 if response.API_VERSION >= 11 else -2], partition[-1]
+            if kafka_errors.for_code(code) is not kafka_errors.NoError:
+                raise kafka_errors.for_code(code)(tp)
+        parsed = PartitionRecords(
+            aiokafka.TopicPartition(*tp), _TolerantRecords(data or b""), aborted, offset, None, None, True,
+            READ_COMMITTED,
+        )  # fmt: skip
+        records: list[Record] = []
+        try:
+            records.extend(itertools.islice(parsed, max_records))
+        except (ValueError, IndexError, kafka_errors.KafkaError) as error:
+            if not records:
+                raise BrokerError(
+                    f"{tp}: the record at offset {parsed.next_fetch_offset:,} is corrupt ({error}); move the group "
+                    "past it with Kafka's own consumer-groups tool, or restore the topic from a replica"
+                ) from error
+        return records, parsed.next_fetch_offset
+
+    @contextlib.asynccontextmanager
+    async def _call(self, what: str) -> AsyncIterator[None]:
+        async with deadline(CALL_SECONDS, f"{self.url}: {what}"):
+            with _translated(what):
+                yield
+
+    def _started(self) -> AIOKafkaAdminClient:
+        if self._admin is None:
+            raise BrokerError(f"{self.url}: not started, or closed already")
+        return self._admin
+
+    def _looking(self) -> aiokafka.AIOKafkaConsumer:
+        if self._lookup is None:
+            raise BrokerError(f"{self.url}: not started, or closed already")
+        return self._lookup
+
+
+def _reason(error: BaseException) -> str:
+    return str(error) or ("no answer within 9 s" if isinstance(error, TimeoutError) else type(error).__name__)
+
+
+def _check_created(name: str, code: int, detail: str) -> None:
+    error = kafka_errors.for_code(code)
+    if error not in (kafka_errors.NoError, kafka_errors.TopicAlreadyExistsError):
+        raise TopicError(f"topic {name!r} was not created: {error.__name__}{': ' + detail if detail else ''}")
+
+
+def _committed(response: Any, partitions: Collection[TopicPartition]) -> dict[TopicPartition, Committed | None]:
+    if response.error_code:
+        raise kafka_errors.for_code(response.error_code)("OffsetFetch")
+    found: dict[TopicPartition, Committed | None] = {}
+    for topic, entries in response.topics:
+        for partition, offset, metadata, code in entries:
+            if code:
+                raise kafka_errors.for_code(code)(f"{topic}/{partition}")
+            found[TopicPartition(topic, partition)] = Committed(offset, metadata or "") if offset >= 0 else None
+    missing = [tp for tp in partitions if tp not in found]
+    if missing:  # a short answer is no "no offset"
+        raise kafka_errors.GroupLoadInProgressError(f"no answer for {missing[0]}")
+    return found
+
+
+# The newest version of the Fetch API that each release speaks, read off their ApiVersions answers: the protocol
+# has no field for the release itself.
+_RELEASES = ((18, "4.1 or newer"), (17, "3.9 or 4.0"), (16, "3.7 or 3.8"), (15, "3.5 or 3.6"), (13, "3.1 to 3.4"))
+
+
+def _release(admin: AIOKafkaAdminClient) -> str:
+    for connection in admin._client._conns.values():  # noqa: SLF001 - versions are kept per connection
+        versions = getattr(connection, "_versions", None) or {}
+        if FetchRequest.API_KEY in versions:
+            newest = versions[FetchRequest.API_KEY][1]
+            return next((f"{name} (Fetch v{newest})" for level, name in _RELEASES if newest >= level), "before 3.1")
+    return "unknown"
+
+
+async def _stop(goodbye: Coroutine[Any, Any, Any], client: Any) -> None:
+    """An orderly stop with a deadline; with the broker gone the client's own would wait for ever (FACTS).
+
+    In a task of its own: while stopping, the client may raise the CancelledError of a task that it cancelled
+    itself, which must not be taken for our own cancellation.
+    """
+    leaving = asyncio.create_task(goodbye)
+    await asyncio.wait({leaving}, timeout=CLOSE_SECONDS)
+    if leaving.done() and not leaving.cancelled() and leaving.exception() is None:
+        return
+    log.debug("closing without a goodbye")
+    leaving.cancel()
+    if client is not None:
+        await _cut(client)
+
+
+async def _cut(*clients: Any) -> None:
+    for client in clients:
+        with contextlib.suppress(Exception):
+            async with asyncio.timeout(1):
+                await client.close()
+
+
+def _out_of_range(error: kafka_errors.OffsetOutOfRangeError) -> OffsetOutOfRangeError:
+    tp, offset = next(iter(error.args[0].items()))
+    return OffsetOutOfRangeError(
+        TopicPartition(*tp), offset, "retention removed it, or the topic was made anew; choose where to go on"
+    )
+
+
+class _TolerantRecords:
+    """The batches of a fetch response, each parsed by :func:`read_record`; as the client's MemoryRecords."""
+
+    def __init__(self, data: bytes) -> None:
+        self._data = data
+        self._at = 0
+
+    def _length(self) -> int:
+        return 12 + int(struct.unpack_from(">i", self._data, self._at + 8)[0])
+
+    def has_next(self) -> bool:
+        return len(self._data) - self._at >= 12 and len(self._data) - self._at >= self._length()
+
+    def next_batch(self) -> _TolerantBatch:
+        end = self._at + self._length()
+        batch = _TolerantBatch(self._data[self._at : end])
+        self._at = end
+        return batch
+
+
+class _TolerantBatch(_DefaultRecordBatchPy):  # type: ignore[misc]
+    _pos: int
+
+    def _read_msg(self, *_: Any) -> Any:
+        raw = read_record(self._buffer, self._pos)
+        self._pos = raw.end
+        logged = self.timestamp_type == self.LOG_APPEND_TIME
+        timestamp = self.max_timestamp if logged else self.first_timestamp + raw.timestamp_delta
+        return _DefaultRecordPy(
+            self.base_offset + raw.offset_delta, timestamp, self.timestamp_type, raw.key, raw.value, list(raw.headers)
+        )
+
+
+class KafkaReader(Reader):
+    """A consumer with partitions assigned by hand."""
+
+    def __init__(self, consumer: aiokafka.AIOKafkaConsumer, broker: KafkaBroker) -> None:
+        self._client = consumer
+        self._broker = broker
+        # Where each partition's next record lies as far as our caller was told. The client's own position may be
+        # ahead: when one partition's batch cannot be parsed, what it took from others in that call is lost.
+        self._delivered: dict[TopicPartition, int] = {}
+
+    async def start(self, positions: Mapping[TopicPartition, int]) -> None:
+        """Connect and seek."""
+        await self._connect()
+        self._client.assign([aiokafka.TopicPartition(*tp) for tp in positions])
+        for tp, offset in positions.items():
+            self.seek(tp, offset)
+
+    async def _connect(self) -> None:
+        # Longer than a broker's start: right after one restarted, its coordinators load their logs first.
+        async with deadline(CALL_SECONDS, "connect a consumer"):
+            with _translated("connect a consumer"):
+                await self._client.start()
+
+    async def fetch(
+        self, partitions: Collection[TopicPartition], max_records: int, timeout: float
+    ) -> dict[TopicPartition, Sequence[Record]]:
+        """See the port. Cancelling getmany breaks its liveness check (FACTS), so the wait is its own."""
+        wanted = [aiokafka.TopicPartition(*tp) for tp in partitions if tp in self._owned()]
+        if not wanted:
+            await asyncio.sleep(min(timeout, 0.02))
+            return {}
+        try:
+            got = await self._client.getmany(*wanted, timeout_ms=int(timeout * 1000), max_records=max_records)
+        except _UNPARSABLE as error:
+            log.info("a fetch could not be parsed (%s); parsing it by hand", error)
+            return await self._rescue(wanted, max_records)
+        except kafka_errors.OffsetOutOfRangeError as error:
+            raise _out_of_range(error) from error
+        except (kafka_errors.KafkaError, OSError) as error:
+            raise BrokerError(f"fetch: {type(error).__name__}: {error}") from error
+        found: dict[TopicPartition, Sequence[Record]] = {}
+        for kafka_tp, records in got.items():
+            tp = TopicPartition(*kafka_tp)
+            self._delivered[tp] = records[-1].offset + 1
+            found[tp] = records
+        return found
+
+    async def _rescue(self, wanted: Sequence[Any], max_records: int) -> dict[TopicPartition, Sequence[Record]]:
+        """Some partition holds a record that the client cannot parse, and the error does not say which.
+
+        Asking the client again would not tell either: it throws the refused data away and fetches it anew. So this
+        one fetch is done by hand for every partition.
+        """
+        found: dict[TopicPartition, Sequence[Record]] = {}
+        for tp in (TopicPartition(*kafka_tp) for kafka_tp in wanted):
+            position = self._delivered[tp]
+            self.seek(tp, position)
+            records, behind = await self._broker.rescue(tp, position, max_records)
+            # Meanwhile the partition may have gone, or begun anew: then these records are nobody's.
+            if behind > position and tp in self._owned() and self._delivered.get(tp) == position:
+                self.seek(tp, behind)
+                found[tp] = records
+        return found
+
+    async def position(self, tp: TopicPartition) -> int:
+        """The consumer's position."""
+        with _translated(f"position of {tp}"):
+            return int(await self._client.position(aiokafka.TopicPartition(*tp)))
+
+    def seek(self, tp: TopicPartition, offset: int) -> None:
+        """Move the position; what was prefetched for the partition is dropped."""
+        self._delivered[tp] = offset
+        self._client.seek(aiokafka.TopicPartition(*tp), offset)
+
+    def _owned(self) -> frozenset[Any]:
+        return frozenset(self._client.assignment())
+
+    async def close(self) -> None:
+        """Disconnect."""
+        await _stop(self._client.stop(), self._client._client)  # noqa: SLF001
+
+
+class KafkaMember(KafkaReader, Member):
+    """A consumer in a group. Offsets are committed by transactions, never through it."""
+
+    def __init__(self, consumer: aiokafka.AIOKafkaConsumer, broker: KafkaBroker, topics: Collection[str]) -> None:
+        super().__init__(consumer, broker)
+        self._topics = list(topics)
+        self._begun: set[TopicPartition] = set()
+        self._listener: AssignmentListener | None = None
+
+    async def join(self, listener: AssignmentListener) -> None:
+        """Connect and subscribe; the client joins by itself and calls the listener."""
+        self._listener = listener
+        self._client.subscribe(self._topics, listener=_Rebalances(self, listener))
+        await self._connect()
+
+    def take_over(self, partitions: frozenset[TopicPartition]) -> None:
+        """Hold newly assigned partitions still before anything can be fetched from them.
+
+        A position is set at once, or the client would look for a committed one, find none and fail; it is not
+        used, because the partition is paused until ``begin``.
+        """
+        self._begun.clear()
+        for tp in partitions:
+            kafka_tp = aiokafka.TopicPartition(*tp)
+            self._client.seek(kafka_tp, 0)
+            self._client.pause(kafka_tp)
+
+    def begin(self, tp: TopicPartition, offset: int) -> None:
+        """Seek and resume."""
+        kafka_tp = aiokafka.TopicPartition(*tp)
+        if kafka_tp in self._client.assignment():
+            self.seek(tp, offset)
+            self._client.resume(kafka_tp)
+            self._begun.add(tp)
+
+    def _owned(self) -> frozenset[Any]:
+        return frozenset(self._begun) & frozenset(self._client.assignment())
+
+    async def leave(self) -> None:
+        """Leave; on the way the listener loses what it had, which the client would not tell it."""
+        listener, self._listener = self._listener, None
+        owned = frozenset(TopicPartition(*tp) for tp in self._client.assignment())
+        if listener is not None and owned:
+            await listener.revoked(owned)
+        await super().close()
+
+    async def close(self) -> None:
+        """The same."""
+        await self.leave()
+
+
+class _Rebalances(aiokafka.ConsumerRebalanceListener):  # type: ignore[misc]
+    """The client awaits these inside its coordinator, without heartbeats, and swallows what they raise (FACTS)."""
+
+    def __init__(self, member: KafkaMember, listener: AssignmentListener) -> None:
+        self._member = member
+        self._listener = listener
+
+    async def on_partitions_revoked(self, revoked: Collection[Any]) -> None:
+        if revoked:  # the first join revokes nothing
+            await self._listener.revoked(frozenset(TopicPartition(*tp) for tp in revoked))
+
+    def on_partitions_assigned(self, assigned: Collection[Any]) -> None:
+        partitions = frozenset(TopicPartition(*tp) for tp in assigned)
+        self._member.take_over(partitions)
+        self._listener.assigned(partitions)
+
+
+class KafkaProducer(Producer):
+    """Builds record batches itself: one ``send_batch`` a megabyte instead of one ``send`` a record."""
+
+    def __init__(self, client: aiokafka.AIOKafkaProducer, limits: Mapping[str, int]) -> None:
+        self._client = client
+        self._limits = limits
+        self._known: set[TopicPartition] = set()
+
+    async def start(self) -> None:
+        """Connect; a transactional one fences its predecessor here."""
+        with _translated("start a producer"):
+            await self._client.start()
+
+    async def send(self, tp: TopicPartition, records: Sequence[Outgoing]) -> Awaitable[None]:
+        """Batch and hand over."""
+        if tp not in self._known:
+            await self._check_exists(tp)
+        with _translated(f"send to {tp}"):
+            acknowledgements = [
+                await self._client.send_batch(batch, tp.topic, partition=tp.partition)
+                for batch in _batches(self._client, records, self._limits.get(tp.topic, BATCH_BYTES))
+            ]
+        return _all_written(tp, acknowledgements)
+
+    async def _check_exists(self, tp: TopicPartition) -> None:
+        """The client asks for an absent topic again and again, and asserts on an absent partition."""
+        client = self._client.client
+        with _translated(f"look {tp} up"):
+            client.add_topic(tp.topic)
+            for _ in range(_METADATA_ATTEMPTS):
+                partitions = client.cluster.partitions_for_topic(tp.topic)
+                if partitions and tp.partition in partitions:
+                    self._known.add(tp)
+                    return
+                await client.force_metadata_update()
+                await asyncio.sleep(RETRY_PAUSE)
+        raise TopicError(f"{tp}: no such topic or partition; `rowmill topics` lists what there is")
+
+    async def close(self) -> None:
+        """Stop, without waiting for what nobody waits for."""
+        sender = self._client._sender  # noqa: SLF001 - stop() would deliver what is pending first, or hang
+        await _stop(sender.close(), None)
+        await _stop(self._client.client.close(), self._client.client)
+        _look_at_errors(self._client)
+        self._client._closed = True  # noqa: SLF001 - it is; and its destructor would complain otherwise
+
+
+class KafkaTransactionalProducer(KafkaProducer, TransactionalProducer):
+    """A producer with a transactional id."""
+
+    def __init__(self, client: aiokafka.AIOKafkaProducer, limits: Mapping[str, int], transactional_id: str) -> None:
+        super().__init__(client, limits)
+        self._id = transactional_id
+
+    async def begin(self) -> None:
+        """Open a transaction."""
+        with _translated(f"begin a transaction of {self._id}"):
+            await self._client.begin_transaction()
+
+    async def commit_offsets(self, group: str, offsets: Mapping[TopicPartition, Committed]) -> None:
+        """Offsets and metadata into the transaction."""
+        with _translated(f"commit offsets of {group} in the transaction of {self._id}"):
+            await self._client.send_offsets_to_transaction(
+                {aiokafka.TopicPartition(*tp): tuple(committed) for tp, committed in offsets.items()}, group
+            )
+
+    async def end(self) -> None:
+        """Commit."""
+        with _translated(f"commit the transaction of {self._id}"):
+            await self._client.commit_transaction()
+
+    async def abort(self) -> None:
+        """Abort."""
+        with _translated(f"abort the transaction of {self._id}"):
+            await self._client.abort_transaction()
+
+
+def _batches(client: aiokafka.AIOKafkaProducer, records: Sequence[Outgoing], limit: int) -> Iterator[Any]:
+    """Record batches within ``limit`` bytes. The client's own batches are of one size for all topics."""
+    while limit < BATCH_BYTES and records:
+        part, records = _within(records, limit)
+        yield from _filled(client, part)
+    yield from _filled(client, records)
+
+
+def _filled(client: aiokafka.AIOKafkaProducer, records: Sequence[Outgoing]) -> Iterator[Any]:
+    batch = client.create_batch()
+    append = batch.append
+    for key, value, timestamp, headers in records:
+        listed = list(headers)  # the client's C extension takes nothing else
+        if append(key=key, value=value, timestamp=timestamp, headers=listed) is None:
+            yield batch
+            batch = client.create_batch()
+            append = batch.append
+            append(key=key, value=value, timestamp=timestamp, headers=listed)
+    if batch.record_count():
+        yield batch
+
+
+def _within(records: Sequence[Outgoing], limit: int) -> tuple[Sequence[Outgoing], Sequence[Outgoing]]:
+    """The first records, at least one, that together stay below ``limit``, and the rest."""
+    size = 0
+    for count, (key, value, _, headers) in enumerate(records):
+        size += len(key or b"") + len(value or b"") + _RECORD_BYTES
+        size += sum(len(name) * 3 + len(content or b"") + 10 for name, content in headers)
+        if size > limit and count:
+            return records[:count], records[count:]
+    return records, ()
+
+
+def _limits(responses: Sequence[Any], topics: Sequence[str]) -> dict[str, int]:
+    """``max.message.bytes`` less a batch's own head; the broker's default where we may not ask (ACLs)."""
+    found = dict.fromkeys(topics, BATCH_BYTES)
+    for response in responses:
+        for code, _, _, topic, entries in response.resources:
+            for name, value, *_ in entries if not code else ():
+                if name == "max.message.bytes":
+                    found[topic] = int(value) - 2 * _RECORD_BYTES
+    return found
+
+
+def _look_at_errors(client: aiokafka.AIOKafkaProducer) -> None:
+    """Errors that the client keeps in futures of its own, and that were told to us by other ways already.
+
+    asyncio would print each of them as never retrieved, with a traceback, into the user's terminal.
+    """
+    manager, accumulator = client._txn_manager, client._message_accumulator  # noqa: SLF001
+    futures = [getattr(manager, "_transaction_waiter", None), client._sender.sender_task]  # noqa: SLF001
+    futures += [batch._drain_waiter for queue in accumulator._batches.values() for batch in queue]  # noqa: SLF001
+    for future in futures:
+        if future is not None and future.done() and not future.cancelled():
+            future.exception()
+
+
+async def _all_written(tp: TopicPartition, acknowledgements: Sequence[Awaitable[Any]]) -> None:
+    """Await every one, also after a failure: an unawaited one is a lost row that nobody hears of (FACTS)."""
+    results = await asyncio.gather(*acknowledgements, return_exceptions=True)
+    for result in results:
+        if isinstance(result, BaseException):
+            with _translated(f"write to {tp}"):
+                raise result

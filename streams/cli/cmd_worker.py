@@ -1,0 +1,134 @@
+"""``rowmill worker``: a pipeline over its source topics, continuously."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING
+
+from .connect import connected, shown_broker
+from .output import plural, say
+from .parser import (
+    DEFAULTS,
+    Commands,
+    add_broker,
+    add_command,
+    add_commits,
+    add_no_create,
+    add_partitions,
+    seconds,
+    whole_number,
+)
+
+if TYPE_CHECKING:
+    from ..brokers.base import Broker
+    from ..options import WorkerOptions
+    from ..pipeline import Pipeline
+    from ..session import Session
+    from ..worker import WorkerStats
+
+
+def add_parser(commands: Commands) -> None:
+    """``worker``'s options."""
+    parser = add_command(
+        commands,
+        "worker",
+        main,
+        words="PIPELINE",
+        summary="process rows as they come, until stopped",
+        about=(
+            "Process the rows of the pipeline's source topics as they come, each exactly once. Start it as often as "
+            "needed: on Kafka, the workers of a session share the partitions. SIGTERM or Ctrl-C stops it in order: "
+            "rows in work are finished and committed.\n\n"
+            "PIPELINE is file.py, file.py:name or module:name."
+        ),
+        example="rowmill worker reviews.py --broker kafka://localhost:9092",
+    )
+    parser.add_argument("pipeline", metavar="PIPELINE", help="where the pipeline is defined")
+    add_broker(parser)
+    parser.add_argument(
+        "--session",
+        metavar="NAME",
+        help="a session of its own: it reads the same sources and writes to topics that end in .NAME "
+        "(default: the live session)",
+    )
+    add_partitions(parser)
+    add_no_create(parser)
+    add_commits(parser)
+    parser.add_argument(
+        "--drain-timeout",
+        metavar="S",
+        type=seconds(at_least_zero=True),
+        default=DEFAULTS.drain_timeout,
+        help="how long rows in work may take to finish at the end (default: %(default)g s)",
+    )
+    parser.add_argument(
+        "--stall-timeout",
+        metavar="S",
+        type=seconds(),
+        default=DEFAULTS.stall_timeout,
+        help="give up when a partition cannot commit for so long (default: %(default)g s)",
+    )
+    parser.add_argument(
+        "--threads",
+        metavar="N",
+        type=whole_number(1),
+        default=DEFAULTS.threads,
+        help="blocking handlers that run at once (default: %(default)s)",
+    )
+
+
+def main(args: argparse.Namespace) -> int:
+    """Work until a signal or an error."""
+    import asyncio
+
+    from ..session import LIVE, Session
+    from .load import load_pipeline
+
+    pipeline = load_pipeline(args.pipeline)
+    pipeline.chain()
+    session = Session(pipeline.name, args.session or LIVE)
+    options = _options(args)
+    asyncio.run(connected(args.broker, lambda broker: _serve(args, broker, pipeline, session, options)))
+    return 0
+
+
+def _options(args: argparse.Namespace) -> WorkerOptions:
+    from ..options import WorkerOptions
+
+    return WorkerOptions(
+        commit_interval=args.commit_interval,
+        commit_rows=args.commit_rows,
+        drain_timeout=args.drain_timeout,
+        stall_timeout=args.stall_timeout,
+        threads=args.threads,
+        create_topics=not args.no_create_topics,
+        partitions=args.partitions,
+    )
+
+
+async def _serve(
+    args: argparse.Namespace, broker: Broker, pipeline: Pipeline, session: Session, options: WorkerOptions
+) -> None:
+    from ..worker import Worker
+    from .signals import orderly_stop
+
+    worker = Worker(pipeline, broker, session=session, options=options)
+
+    note = "" if args.quiet else "stopping: rows in work are finished and committed (once more: stop at once)"
+    sources = ", ".join(session.source(topic) for topic in pipeline.sources)
+    say(
+        f"worker of group {session.group}: {sources} -> {session.output(pipeline.sink)} on {shown_broker(args)}",
+        quiet=args.quiet,
+    )
+    try:
+        with orderly_stop(worker.stop, note):
+            await worker.run()
+    finally:
+        say(f"stopped: {_counts(worker.stats)}", quiet=args.quiet)
+
+
+def _counts(stats: WorkerStats) -> str:
+    return (
+        f"{plural(stats.rows, 'row')} in, {plural(stats.results, 'result')} out, {stats.dropped:,} dropped, "
+        f"{plural(stats.dead_letters, 'dead letter')}, in {plural(stats.transactions, 'transaction')}"
+    )

@@ -1,0 +1,50 @@
+"""A broker for the length of one command. What connects is imported when a command runs, not for a help text."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING, TypeVar
+
+if TYPE_CHECKING:
+    from ..brokers.base import Broker
+
+T = TypeVar("T")
+
+CALL_SECONDS = 30.0
+"""How long a single request to the broker may take."""
+
+
+def shown_broker(args: argparse.Namespace) -> str:
+    """The broker's URL as it was given or fell back to, without settings (some of them name files of secrets)."""
+    from ..brokers.open import broker_url
+
+    return broker_url(args.broker).partition("?")[0]
+
+
+def broker_words(args: argparse.Namespace) -> list[str]:
+    """What a suggested command needs to reach the same broker."""
+    return ["--broker", args.broker] if args.broker else []
+
+
+def on_broker(url: str | None, work: Callable[[Broker], Awaitable[T]]) -> T:
+    """Connect, work, disconnect, on an event loop of its own.
+
+    Raises:
+        ConfigError, BrokerUnreachableError: there is nothing to connect to.
+    """
+    import asyncio
+
+    return asyncio.run(connected(url, work))
+
+
+async def connected(url: str | None, work: Callable[[Broker], Awaitable[T]]) -> T:
+    """The same on the running loop."""
+    from ..brokers.open import open_broker
+
+    broker = open_broker(url)
+    await broker.start()
+    try:
+        return await work(broker)
+    finally:
+        await broker.close()

@@ -1,0 +1,68 @@
+"""Ctrl-C and SIGTERM: the first asks for an orderly end, the second ends the process at once."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class Caught:
+    """Which signal came first, if any."""
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+
+    @property
+    def exit_code(self) -> int:
+        """128 + the signal's number, as shells do: 130 for SIGINT, 143 for SIGTERM."""
+        return 128 + (self.signal or 0)
+
+
+class StoppedError(Exception):
+    """A signal ended the command before it was done."""
+
+    def __init__(self, caught: Caught, message: str) -> None:
+        super().__init__(message)
+        self.exit_code = caught.exit_code
+
+
+@contextmanager
+def orderly_stop(stop: Callable[[], None], note: str = "") -> Iterator[Caught]:
+    """While the block runs, the first signal calls ``stop`` on the running loop; a second one exits at once.
+
+    To be used inside the event loop of the main thread.
+
+    Args:
+        stop: asks for the end.
+        note: shown at the first signal.
+    """
+    import asyncio  # this file is needed for a help text as well, asyncio is not
+
+    loop = asyncio.get_running_loop()
+    caught = Caught()
+
+    def handle(number: int, _frame: FrameType | None) -> None:
+        if caught.signal is not None:
+            os.write(2, b"\n")
+            os._exit(128 + number)
+        caught.signal = number
+        if note:
+            # Not by print: the signal may have come in the middle of one, and a blocked loop could not say it.
+            os.write(2, f"\n{note}\n".encode())
+        loop.call_soon_threadsafe(stop)
+
+    for number in _SIGNALS:
+        # asyncio's handlers run on the loop, so a user's handler that blocks it would block the second Ctrl-C too:
+        # a plain handler goes over them. They stay beneath because they make a signal wake the loop.
+        loop.add_signal_handler(number, lambda: None)
+        signal.signal(number, handle)
+    try:
+        yield caught
+    finally:
+        for number in _SIGNALS:
+            loop.remove_signal_handler(number)

@@ -1,0 +1,76 @@
+"""Errors of the streams layer. Each class says who acts next::
+
+RowmillError
+├── BrokerError              the broker or the network: try again, later or elsewhere (retryable)
+│   ├── BrokerTimeoutError   a call outlived its deadline; what it did is unknown
+│   └── BrokerUnreachableError  nothing answers at that address
+├── FencedError              somebody else owns the partition now: drop everything, rejoin the group
+├── GroupBusyError           you: another worker on this embedded broker already serves the group
+├── TopicError               you: a topic is missing, or its name or shape is wrong
+├── OffsetOutOfRangeError    you: the committed offset no longer exists; choose where to go on
+├── CheckpointError          you: a stored checkpoint cannot be read or does not fit; nothing was guessed
+├── SessionError             you: the session exists and does not fit what was asked
+├── InputError               you: a file cannot be read or written
+└── StalledError             your supervisor: start the worker again
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from ..state.errors import RowmillError
+from ..state.model import TopicPartition
+
+
+class BrokerError(RowmillError):
+    """The broker or the way to it failed; the same call may succeed later."""
+
+    retryable: ClassVar[bool] = True
+
+
+class BrokerTimeoutError(BrokerError):
+    """A call did not end within its deadline. Whether it took effect is unknown: read, never guess."""
+
+    def __init__(self, what: str, seconds: float) -> None:
+        super().__init__(f"{what}: no answer within {seconds:g} s")
+
+
+class BrokerUnreachableError(BrokerError):
+    """No broker answers at the address given."""
+
+
+class FencedError(RowmillError):
+    """A newer owner of the same transactional id exists. The loser stops touching the partition."""
+
+
+class GroupBusyError(RowmillError):
+    """The embedded broker lets one worker serve a group, and there is one."""
+
+
+class TopicError(RowmillError):
+    """A topic is missing, badly named, or not of the shape that is needed."""
+
+
+class OffsetOutOfRangeError(RowmillError):
+    """The position asked for is not in the log (any more)."""
+
+    def __init__(self, tp: TopicPartition, offset: int, remedy: str) -> None:
+        super().__init__(f"{tp}: offset {offset:,} is not in the log; {remedy}")
+        self.tp = tp
+        self.offset = offset
+
+
+class CheckpointError(RowmillError):
+    """A checkpoint is unreadable or contradicts what else is known. Never a silent start from the beginning."""
+
+
+class SessionError(RowmillError):
+    """A session of that name exists and belongs to something else."""
+
+
+class InputError(RowmillError):
+    """A file of the user's cannot be read or written as asked."""
+
+
+class StalledError(RowmillError):
+    """No progress is possible for longer than ``stall_timeout``."""

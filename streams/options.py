@@ -1,0 +1,64 @@
+"""The worker's options: what each means, its default, and what it may be."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+from ..state.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerOptions:
+    """How a worker runs. Durations are seconds.
+
+    Attributes:
+        commit_interval: longest time between a row's completion and its transaction (0.1).
+        commit_rows: rows after which a transaction is made at once (10,000).
+        fetch_rows: rows a partition task takes in one go (2,000).
+        buffer_rows: rows taken and not yet committed, per partition, above which its fetching pauses (20,000).
+        buffer_bytes: the same in bytes of values (32 MiB).
+        max_in_flight: rows in work at once in the whole worker, where stages are async or concurrent (1,000).
+        max_in_flight_bytes: the same in bytes of values (64 MiB).
+        linger: how long a row waits for company before a batch or frame stage of such a chain (0.02).
+        threads: blocking handlers and batches of plain ones that run at once (8).
+        drain_timeout: how long rows in work may take to finish when the worker is asked to stop (30).
+        broker_timeout: how long a step of a transaction may take before the partition's work is redone (30).
+        stall_timeout: how long a partition may fail to commit before the worker gives up with exit code 1 (120).
+        create_topics: whether missing sources, sinks and dead-letter topics are made (True).
+        partitions: how many partitions topics that are made get; None: 6 on Kafka, 4 embedded.
+    """
+
+    commit_interval: float = 0.1
+    commit_rows: int = 10_000
+    fetch_rows: int = 2_000
+    buffer_rows: int = 20_000
+    buffer_bytes: int = 32 * 1024 * 1024
+    max_in_flight: int = 1_000
+    max_in_flight_bytes: int = 64 * 1024 * 1024
+    linger: float = 0.02
+    threads: int = 8
+    drain_timeout: float = 30.0
+    broker_timeout: float = 30.0
+    stall_timeout: float = 120.0
+    create_topics: bool = True
+    partitions: int | None = None
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            _check(field.name, getattr(self, field.name))
+
+
+def _check(name: str, value: Any) -> None:
+    if name == "create_topics":
+        if not isinstance(value, bool):
+            raise ConfigError(name, value, "give True or False")
+    elif name == "partitions" and value is None:
+        return
+    elif name in {"commit_interval", "linger", "drain_timeout", "broker_timeout", "stall_timeout"}:
+        at_least_zero = name in {"commit_interval", "linger", "drain_timeout"}
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not is_number or not 0 <= value < float("inf") or not (value or at_least_zero):
+            raise ConfigError(name, value, f"give seconds {'from' if at_least_zero else 'above'} 0")
+    elif isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ConfigError(name, value, "give a whole number from 1")

@@ -1,0 +1,281 @@
+"""The pipeline: a named chain of stages from source topics to a sink topic. What users write and run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from datetime import datetime
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
+
+from ..handlers.chain import Chain, Failure, Outcome
+from ..handlers.context import RowContext, key_bytes
+from ..handlers.executors import BlockingPool
+from ..handlers.stage import Handler, Stage, make_stage
+from ..state.codec import MAX_DEPTH
+from ..state.errors import ConfigError, RowmillError
+from ..state.model import Row
+from .session import check_name, check_topic
+
+if TYPE_CHECKING:
+    import pandas as pd  # noqa: TID251 - for the type only
+
+    from .options import WorkerOptions
+    from .results import ExecutionResult
+    from .streaming import ChunkStream
+
+H = TypeVar("H", bound=Handler)
+
+MAX_ROW_BYTES = 1_000_000
+"""Longest value accepted as a row: what one Kafka message may hold by default."""
+
+
+class Pipeline:
+    """A named chain of stages. Build it once, run it anywhere: here, on the embedded broker, on Kafka.
+
+    Args:
+        name: 1 to 80 letters, digits, ``_`` and ``-``. The consumer group is ``rowmill.<name>``.
+        source: the topic, or topics, that rows come from. Default: the pipeline's name.
+        sink: the topic that results go to. Default: ``<name>.results``.
+        start: where the live session begins when it has never committed: ``earliest``, ``latest``, or a datetime
+            with a time zone.
+        tombstones: what becomes of rows with a null value: ``dead_letter``, or ``forward`` them to the sink (for
+            pipelines on compacted topics).
+        keys: ``text`` (keys are UTF-8; others become dead letters) or ``bytes`` (keys are anything).
+        ordering: which rows wait for each other. ``key``: those of one key, as they came (rows without a key wait
+            for none); ``partition``: all of a partition, one after the other; ``none``. Chains of plain functions
+            keep the order of the partition in any case.
+        max_row_bytes: longest value accepted as a row.
+        max_depth: deepest nesting accepted in a row, up to 200.
+
+    Raises:
+        ConfigError: naming the option, what was given, and what to give instead.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        source: str | Sequence[str] | None = None,
+        sink: str | None = None,
+        start: Literal["earliest", "latest"] | datetime = "earliest",
+        tombstones: Literal["dead_letter", "forward"] = "dead_letter",
+        keys: Literal["text", "bytes"] = "text",
+        ordering: Literal["key", "partition", "none"] = "key",
+        max_row_bytes: int = MAX_ROW_BYTES,
+        max_depth: int = MAX_DEPTH,
+    ) -> None:
+        self.name = check_name("Pipeline(name)", name)
+        self.sources = _sources(name if source is None else source)
+        self.sink = check_topic("Pipeline(sink=)", f"{name}.results" if sink is None else sink)
+        if self.sink in self.sources:
+            raise ConfigError("Pipeline(sink=)", sink, "it is a source as well: results would come in again for ever")
+        self.start = _start(start)
+        self.tombstones = _one_of("tombstones", tombstones, ("dead_letter", "forward"))
+        self.keys = _one_of("keys", keys, ("text", "bytes"))
+        self.ordering = _one_of("ordering", ordering, ("key", "partition", "none"))
+        self.max_row_bytes = _whole("max_row_bytes", max_row_bytes, 1, 1 << 30)
+        self.max_depth = _whole("max_depth", max_depth, 1, 200)
+        self._stages: list[Stage] = []
+
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        """The stages in order."""
+        return tuple(self._stages)
+
+    @overload
+    def stage(self, handler: H) -> H: ...
+    @overload
+    def stage(
+        self,
+        handler: None = None,
+        *,
+        name: str | None = None,
+        batch: int | None = None,
+        frame: bool = False,
+        timeout: float | None = None,
+        concurrency: int | None = None,
+    ) -> Callable[[H], H]: ...
+    def stage(self, handler: Any = None, **options: Any) -> Any:
+        """Decorator: append a function as the next stage. It stays an ordinary function.
+
+        Used bare (``@p.stage``) or with the options of :func:`~rowmill.handlers.stage.make_stage`.
+        """
+        if handler is not None:
+            self.add(handler)
+            return handler
+
+        def decorate(function: H) -> H:
+            self.add(function, **options)
+            return function
+
+        return decorate
+
+    def add(
+        self,
+        handler: Handler | Stage,
+        *,
+        name: str | None = None,
+        batch: int | None = None,
+        frame: bool = False,
+        timeout: float | None = None,
+        concurrency: int | None = None,
+    ) -> Pipeline:
+        """Append a handler, or a finished Stage, as the next stage; returns the pipeline, so that calls chain.
+
+        Raises:
+            ConfigError: an option is wrong, or another stage has the same name.
+        """
+        given = {"name": name, "batch": batch, "frame": frame or None, "timeout": timeout, "concurrency": concurrency}
+        if isinstance(handler, Stage):
+            extra = [option for option, value in given.items() if value is not None]
+            if extra:
+                raise ConfigError(f"add({extra[0]}=)", given[extra[0]], "a finished Stage brings its own options")
+            stage = handler
+        else:
+            stage = make_stage(handler, name=name, batch=batch, frame=frame, timeout=timeout, concurrency=concurrency)
+        Chain([*self._stages, stage])  # refuses a name that is taken
+        self._stages.append(stage)
+        return self
+
+    def chain(self) -> Chain:
+        """The compiled stages.
+
+        Raises:
+            ConfigError: there is no stage.
+        """
+        return Chain(self._stages)
+
+    def process(self, row: Row, *, key: str | bytes | None = None) -> list[Row]:
+        """One row through all stages, here and now, without any broker: for tests and for trying things out.
+
+        Returns:
+            Its results: none if it was dropped. Rows given to ``ctx.emit`` are not among them.
+
+        Raises:
+            RowmillError: the row failed, with the stage and the reason.
+        """
+        from .loops import run_blocking
+
+        rows: list[Outcome] = [dict(row)]
+        key_bytes(key)
+        context = RowContext(self.sources[0], 0, 0, 0, key, (), "process")
+
+        async def run() -> None:
+            pool = BlockingPool(1)
+            try:
+                await self.chain().run(rows, [context], pool)
+            finally:
+                pool.close()
+
+        run_blocking(run)
+        outcome = rows[0]
+        if isinstance(outcome, Failure):
+            raise RowmillError(f"stage {outcome.stage!r}: {outcome.kind}: {outcome.message}") from outcome.error
+        return outcome if isinstance(outcome, list) else [] if outcome is None else [outcome]
+
+    def run(
+        self,
+        rows: pd.DataFrame | Iterable[Row],
+        *,
+        broker: str | None = None,
+        session: str | None = None,
+        key: str | None = None,
+        progress: bool | None = None,
+        options: WorkerOptions | None = None,
+    ) -> ExecutionResult:
+        """Process rows to the end and return their results: a bounded run.
+
+        Args:
+            rows: a DataFrame, or any iterable of dicts.
+            broker: its URL. Default: ``ROWMILL_BROKER``, else the embedded one in ``.rowmill``.
+            session: a name, to be able to go on after a crash: run the same rows with the same name again. Its
+                topics are kept. Default: a new one, whose topics are removed when the run has succeeded.
+            key: the column that becomes the rows' key; default: none.
+            progress: a progress bar; default: on a terminal.
+            options: how the worker runs.
+
+        Returns:
+            ``data`` is a DataFrame of the results in the order of the input, with the input's index (an index
+            label is missing for a dropped row and repeated for several results); failed rows are in ``errors``.
+
+        Raises:
+            ConfigError, SessionError, BrokerError: nothing ran, or it can be gone on with.
+        """
+        from .runs import run_rows
+
+        return run_rows(self, rows, broker=broker, session=session, key=key, progress=progress, options=options)
+
+    async def run_async(
+        self,
+        rows: pd.DataFrame | Iterable[Row],
+        *,
+        broker: str | None = None,
+        session: str | None = None,
+        key: str | None = None,
+        options: WorkerOptions | None = None,
+    ) -> ExecutionResult:
+        """:meth:`run` on the caller's event loop, for web frameworks and other asyncio programs; no progress bar.
+
+        Cancelling it leaves a session with a name in a state from which it can be gone on with.
+        """
+        from .runs import run_rows_async
+
+        return await run_rows_async(self, rows, broker=broker, session=session, key=key, options=options)
+
+    def stream(
+        self,
+        rows: pd.DataFrame | Iterable[Row],
+        *,
+        chunk_size: int = 1000,
+        broker: str | None = None,
+        key: str | None = None,
+        options: WorkerOptions | None = None,
+        keep: bool = False,
+    ) -> ChunkStream:
+        """Process rows chunk by chunk in constant memory, yielding results early.
+
+        Args:
+            rows: a DataFrame or any iterable of dicts, also an endless one; read a few chunks ahead of the results.
+            chunk_size: input rows per chunk, and per transaction at most.
+            broker, key, options: as for :meth:`run`.
+            keep: hold the chunks, for ``finalize().data``.
+
+        Returns:
+            An iterator of DataFrames: one per chunk, in order, with the input's index (a running number for an
+            iterable). Its ``finalize()`` gives counts and errors as an ExecutionResult. The topics it uses are
+            removed at its end.
+
+        Raises:
+            ConfigError: at once, for a wrong option; other errors come with the chunk they hit.
+        """
+        from .streaming import ChunkStream
+
+        return ChunkStream(self, rows, chunk_size=chunk_size, broker=broker, key=key, options=options, keep=keep)
+
+
+def _sources(source: str | Sequence[str]) -> tuple[str, ...]:
+    names = (source,) if isinstance(source, str) else tuple(source)
+    if not names or len(set(names)) < len(names):
+        raise ConfigError("Pipeline(source=)", source, "give one topic, or several different ones")
+    return tuple(check_topic("Pipeline(source=)", name) for name in names)
+
+
+def _start(start: str | datetime) -> Literal["earliest", "latest"] | datetime:
+    if isinstance(start, datetime):
+        if start.tzinfo is None:
+            raise ConfigError("Pipeline(start=)", start, "give it a time zone (tzinfo=UTC)")
+        return start
+    if start not in {"earliest", "latest"}:
+        raise ConfigError("Pipeline(start=)", start, "use 'earliest', 'latest' or a datetime with a time zone")
+    return "earliest" if start == "earliest" else "latest"
+
+
+def _one_of(name: str, value: Any, known: tuple[str, ...]) -> Any:
+    if value not in known:
+        raise ConfigError(f"Pipeline({name}=)", value, f"use {' or '.join(map(repr, known))}")
+    return value
+
+
+def _whole(name: str, value: Any, least: int, most: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+        raise ConfigError(f"Pipeline({name}=)", value, f"give a whole number from {least:,} to {most:,}")
+    return value

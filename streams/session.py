@@ -1,0 +1,102 @@
+"""Sessions and the names of everything that belongs to one: group, topics, transactional ids, headers."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from ..state.errors import ConfigError
+from ..state.model import RESERVED_PREFIX, TopicPartition
+
+_PLAIN_NAME = re.compile(r"[a-zA-Z0-9_-]{1,80}")
+_TOPIC_NAME = re.compile(r"[a-zA-Z0-9._-]{1,249}")
+
+LIVE = "live"
+"""The id of a pipeline's live session."""
+
+# Headers that rowmill writes; see DESIGN, "Headers, topics, names".
+SOURCE_HEADER = RESERVED_PREFIX + "source"
+SESSION_HEADER = RESERVED_PREFIX + "session"
+INPUT_ROW_HEADER = RESERVED_PREFIX + "input.row"
+"""The place of a row in the input of a bounded run, so that results can be put back in order."""
+INPUT_ERROR_HEADER = RESERVED_PREFIX + "input.error"
+"""Marks a piece of the input file that is no row, with the reason; its value is the piece as it stood."""
+
+
+def check_name(setting: str, name: str) -> str:
+    """A pipeline's, session's or stage's name.
+
+    Raises:
+        ConfigError: it has other than 1 to 80 letters, digits, ``_`` and ``-``.
+    """
+    if not isinstance(name, str) or not _PLAIN_NAME.fullmatch(name):
+        raise ConfigError(setting, name, "use 1 to 80 letters, digits, '_' and '-' (no dots)")
+    return name
+
+
+def check_topic(setting: str, name: str) -> str:
+    """A topic's name, by Kafka's rule.
+
+    Raises:
+        ConfigError: naming the rule.
+    """
+    if not isinstance(name, str) or not _TOPIC_NAME.fullmatch(name) or name in {".", ".."}:
+        raise ConfigError(setting, name, "use 1 to 249 letters, digits, '.', '_' and '-', and not '.' or '..'")
+    if name.startswith(RESERVED_PREFIX):
+        raise ConfigError(setting, name, f"topics that begin with {RESERVED_PREFIX!r} are rowmill's own")
+    return name
+
+
+@dataclass(frozen=True, slots=True)
+class Session:
+    """One execution of a pipeline: a consumer group, and whether its topics are the shared ones or its own.
+
+    Attributes:
+        pipeline: the pipeline's name.
+        id: ``live``, or the name of another session.
+        owns_source: whether the rows were published for this session alone (a bounded run over a file or frame).
+    """
+
+    pipeline: str
+    id: str = LIVE
+    owns_source: bool = False
+
+    def __post_init__(self) -> None:
+        check_name("pipeline", self.pipeline)
+        check_name("session", self.id)
+
+    @property
+    def is_live(self) -> bool:
+        """Whether this is the pipeline's live session."""
+        return self.id == LIVE
+
+    @property
+    def group(self) -> str:
+        """The consumer group: ``rowmill.<pipeline>`` for the live session."""
+        return f"rowmill.{self.pipeline}" + self._suffix
+
+    @property
+    def _suffix(self) -> str:
+        return "" if self.is_live else f".{self.id}"
+
+    def source(self, topic: str) -> str:
+        """The topic to read for a declared source."""
+        return topic + self._suffix if self.owns_source else topic
+
+    def output(self, topic: str) -> str:
+        """The topic to write for a declared sink or an ``emit``: its own for every session but the live one."""
+        return topic + self._suffix
+
+    @property
+    def dead_letters(self) -> str:
+        """The dead-letter topic."""
+        return self.output(f"{self.pipeline}.dlq")
+
+    def transactional_id(self, tp: TopicPartition) -> str:
+        """The producer id of one input partition: by group, so that sessions never fence each other."""
+        return f"{self.group}/{tp}"
+
+    @property
+    def publisher_id(self) -> str:
+        """The producer id, and the group, of whoever publishes a bounded run's rows."""
+        return f"{self.group}.input"

@@ -1,0 +1,152 @@
+"""One partition's transactions: fence, read the checkpoint, commit, and what to do when a commit fails.
+
+The sequence of a commit and the rule after a failure (DESIGN, steps 2, 5 and 6) stand here and nowhere else.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Mapping, Sequence
+
+from ..state.clock import Clock
+from ..state.model import Committed, Outgoing, TopicPartition
+from .brokers.base import Broker, TransactionalProducer
+from .deadlines import deadline
+from .errors import BrokerError, CheckpointError, FencedError, StalledError
+from .options import WorkerOptions
+from .session import Session
+
+log = logging.getLogger(__name__)
+
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.1, 5.0
+
+
+class CheckpointMovedError(CheckpointError):
+    """After a failed commit the broker's checkpoint is neither the old nor the new one: somebody else moved it."""
+
+
+class Transactor:
+    """The transactional producer of one input partition, and the checkpoint it last knew of.
+
+    Args:
+        broker: where to commit.
+        session: whose group and producer id.
+        tp: the input partition.
+        options: time limits.
+        clock: for pauses between attempts.
+    """
+
+    def __init__(
+        self, broker: Broker, session: Session, tp: TopicPartition, options: WorkerOptions, clock: Clock
+    ) -> None:
+        self._broker = broker
+        self._group = session.group
+        self._id = session.transactional_id(tp)
+        self._tp = tp
+        self._options = options
+        self._clock = clock
+        self._producer: TransactionalProducer | None = None
+        self.checkpoint: Committed | None = None
+        """What the group has committed; None when it never did."""
+
+    async def open(self) -> Committed | None:
+        """Fence the former owner, and only then read the checkpoint, which is final from then on.
+
+        Raises:
+            BrokerError: the broker does not answer in time.
+        """
+        await self._new_producer()
+        self.checkpoint = await self._read()
+        return self.checkpoint
+
+    async def commit(self, outputs: Mapping[TopicPartition, Sequence[Outgoing]], checkpoint: Committed) -> None:
+        """Write the outputs and move the checkpoint, together and once.
+
+        A failed attempt is never repeated blindly: the checkpoint is read again through a new producer. If it
+        has not moved, the same effects are sent again; if it is the intended one, the commit had succeeded.
+
+        Raises:
+            FencedError: the partition belongs to another worker now.
+            CheckpointMovedError: begin again with :meth:`open`.
+            StalledError: ``stall_timeout`` passed without success.
+            TopicError: the broker refuses the records for good.
+        """
+        give_up = self._clock.monotonic() + self._options.stall_timeout
+        pause = _FIRST_PAUSE
+        while True:
+            try:
+                await self._attempt(outputs, checkpoint)
+            except BrokerError as error:
+                log.warning("%s: commit failed, reading the checkpoint again: %s", self._tp, error)
+                if await self._settled(checkpoint, give_up, error):
+                    break
+                await self._clock.sleep(pause * (0.5 + self._clock.random() / 2))
+                pause = min(pause * 2, _LONGEST_PAUSE)
+            else:
+                break
+        self.checkpoint = checkpoint
+
+    async def close(self) -> None:
+        """Drop the producer; an open transaction is settled by whoever owns the id next, or times out."""
+        producer, self._producer = self._producer, None
+        if producer is not None:
+            await producer.close()
+
+    async def _attempt(self, outputs: Mapping[TopicPartition, Sequence[Outgoing]], checkpoint: Committed) -> None:
+        producer = self._producer
+        if producer is None:
+            raise BrokerError(f"{self._tp}: no producer")
+        async with deadline(self._options.broker_timeout, f"{self._tp}: transaction"):
+            await producer.begin()
+            written = await _gather([producer.send(tp, records) for tp, records in outputs.items()])
+            await _gather(written)
+            await producer.commit_offsets(self._group, {self._tp: checkpoint})
+            await producer.end()
+
+    async def _settled(self, intended: Committed, give_up: float, cause: BrokerError) -> bool:
+        """Whether a failed commit took effect after all, once a new producer has settled its transaction."""
+        previous = self.checkpoint
+        pause = _FIRST_PAUSE
+        while True:
+            try:
+                found = await self.open()
+            except BrokerError as error:
+                if self._clock.monotonic() > give_up:
+                    raise StalledError(
+                        f"{self._tp}: nothing could be committed for {self._options.stall_timeout:g} s; last error: "
+                        f"{error}. Check the broker ({self._broker.url}); a restart goes on where this stopped"
+                    ) from cause
+                await self._clock.sleep(pause * (0.5 + self._clock.random() / 2))
+                pause = min(pause * 2, _LONGEST_PAUSE)
+                continue
+            if found == intended:
+                return True
+            if found != previous:
+                raise CheckpointMovedError(f"{self._tp}: expected {previous} or {intended}, found {found}")
+            if self._clock.monotonic() > give_up:
+                raise StalledError(f"{self._tp}: no commit succeeded; last error: {cause}") from cause
+            return False
+
+    async def _new_producer(self) -> None:
+        await self.close()
+        producer = self._broker.transactional_producer(self._id)
+        self._producer = producer
+        async with deadline(self._options.broker_timeout, f"{self._tp}: start the transactional producer"):
+            await producer.start()
+
+    async def _read(self) -> Committed | None:
+        async with deadline(self._options.broker_timeout, f"{self._tp}: read the checkpoint"):
+            return (await self._broker.committed(self._group, [self._tp]))[self._tp]
+
+
+async def _gather(awaitables: Sequence[object]) -> list[object]:
+    """All of them, to their ends, before the first error is raised: none may go on unwatched."""
+    results = await asyncio.gather(*awaitables, return_exceptions=True)  # type: ignore[call-overload]
+    for result in results:
+        if isinstance(result, FencedError):
+            raise result
+    for result in results:
+        if isinstance(result, BaseException):
+            raise result
+    return list(results)

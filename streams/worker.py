@@ -1,0 +1,433 @@
+"""The worker: joins a session's group, runs a partition task per assigned partition, and stops in order."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+
+from ..handlers.executors import BlockingPool
+from ..handlers.flow import Flight, Flow, Slots
+from ..state.clock import Clock, SystemClock
+from ..state.model import TopicPartition
+from .brokers.base import AssignmentListener, Broker, Member, Moment
+from .catalog import Catalog
+from .dead_letters import HEADROOM_BYTES
+from .deadlines import deadline
+from .errors import BrokerError, FencedError, OffsetOutOfRangeError, StalledError, TopicError
+from .options import WorkerOptions
+from .partition_task import InFlight, PartitionTask
+from .pipeline import Pipeline
+from .processing import Effects, Processor
+from .session import Session
+from .transaction import CheckpointMovedError, Transactor
+
+log = logging.getLogger(__name__)
+
+_FETCH_SECONDS = 0.1
+_REVOKE_SECONDS = 0.5
+_ELSEWHERE_SECONDS = 1.0
+_PROBE_SECONDS = 10.0
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.1, 5.0
+
+
+@dataclass(slots=True)
+class WorkerStats:
+    """What this process has committed since it started. Exact for it; not for the session's other workers."""
+
+    rows: int = 0
+    results: int = 0
+    dropped: int = 0
+    dead_letters: int = 0
+    emitted: int = 0
+    transactions: int = 0
+    partitions: set[TopicPartition] = field(default_factory=set)
+
+    def add(self, tp: TopicPartition, effects: Effects) -> None:
+        """Count one committed transaction."""
+        self.rows += effects.rows
+        self.results += effects.results
+        self.dropped += effects.dropped
+        self.dead_letters += effects.dead_letters
+        self.emitted += effects.emitted
+        self.transactions += 1
+        self.partitions.add(tp)
+
+
+class Worker(AssignmentListener):
+    """Runs a pipeline's session on this process's share of the partitions.
+
+    Args:
+        pipeline: what to run.
+        broker: where; started by the caller, and closed by it.
+        session: which execution; default: the live one.
+        options: sizes and times.
+        clock: time and chance.
+    """
+
+    def __init__(
+        self,
+        pipeline: Pipeline,
+        broker: Broker,
+        *,
+        session: Session | None = None,
+        options: WorkerOptions | None = None,
+        clock: Clock | None = None,
+    ) -> None:
+        self.pipeline = pipeline
+        self.session = session or Session(pipeline.name)
+        self.options = options or WorkerOptions()
+        self.stats = WorkerStats()
+        self._broker = broker
+        self._clock = clock or SystemClock()
+        self._chain = pipeline.chain()
+        self._sources = [self.session.source(topic) for topic in pipeline.sources]
+        self._catalog = Catalog(
+            broker,
+            create=self.options.create_topics,
+            partitions=self.options.partitions,
+            timeout=self.options.broker_timeout,
+        )
+        self._keeps_order = self._chain.is_sync or pipeline.ordering == "partition"
+        blocking = sum(s.concurrency for s in pipeline.stages if not s.is_async and not s.is_plain)
+        self._pool = BlockingPool(self.options.threads + blocking)
+        self._slots = Slots(pipeline.stages)
+        self._in_flight = InFlight(self.options.max_in_flight, self.options.max_in_flight_bytes)
+        self._member: Member | None = None
+        self._epoch = 0
+        self._tasks: dict[TopicPartition, PartitionTask] = {}
+        self._owners: dict[TopicPartition, asyncio.Task[None]] = {}
+        self._changed = asyncio.Event()
+        self._stopping = False
+        self._rejoin = False
+        self._failure: BaseException | None = None
+        self._ends: Mapping[TopicPartition, int] | None = None
+        self._finished: set[TopicPartition] = set()
+        self._asked_elsewhere = -_ELSEWHERE_SECONDS
+        self._heard = self._probed = self._clock.monotonic()
+
+    # --- for the caller ----------------------------------------------------------------------------------------
+
+    async def run(self) -> WorkerStats:
+        """Work until :meth:`stop`, until everything given to :meth:`finish_at` is committed, or an error.
+
+        Raises:
+            TopicError, GroupBusyError: it cannot start.
+            OffsetOutOfRangeError, StalledError: it cannot go on.
+        """
+        try:
+            await self._prepare_topics()
+            await self._join()
+            await self._serve()
+            await self._drain()
+        finally:  # cancelled, or a bug: what is in work is given up, and runs again elsewhere
+            self._stopping = True
+            await self._leave()
+            self._pool.close()
+        if self._failure is not None:
+            raise self._failure
+        return self.stats
+
+    def stop(self) -> None:
+        """Ask for an orderly end: no more rows are begun, those in work finish, everything is committed."""
+        self._stopping = True
+        self._changed.set()
+
+    def finish_at(self, ends: Mapping[TopicPartition, int]) -> None:
+        """End by itself once the low watermark of each of these partitions has reached the offset given."""
+        self._ends = dict(ends)
+        self._changed.set()
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether everything given to :meth:`finish_at` is committed."""
+        return self._ends is not None and self._ends.keys() <= self._finished
+
+    def has_committed(self, ends: Mapping[TopicPartition, int]) -> bool:
+        """Whether everything before these offsets is committed, as far as this worker's partitions go."""
+        return all(end == 0 or self._has_reached(tp, end) for tp, end in ends.items())
+
+    def _has_reached(self, tp: TopicPartition, end: int) -> bool:
+        task = self._tasks.get(tp)
+        return task is not None and (task.committed >= end or (task.is_settled and task.low_watermark >= end))
+
+    # --- AssignmentListener ------------------------------------------------------------------------------------
+
+    def assigned(self, partitions: frozenset[TopicPartition]) -> None:
+        """Start a task per partition, in a new epoch; see the port for what must not happen here."""
+        self._epoch += 1
+        log.info("assigned %s (epoch %d)", _names(partitions), self._epoch)
+        for owner in self._owners.values():
+            owner.cancel()  # nobody revoked it: this member was evicted while it stood still
+        self._owners.clear()
+        self._tasks.clear()
+        for tp in partitions:
+            self._owners[tp] = asyncio.create_task(self._own(tp, self._epoch), name=f"own {tp}")
+        self._changed.set()
+
+    async def revoked(self, partitions: frozenset[TopicPartition]) -> None:
+        """Commit what has completed, for half a second at most, and drop the tasks."""
+        log.info("revoked %s", _names(partitions))
+        self._epoch += 1  # whoever is opening one of these must not go on
+        tasks = [self._tasks.pop(tp) for tp in partitions if tp in self._tasks]
+        owners = [self._owners.pop(tp) for tp in partitions if tp in self._owners]
+        await _flush(tasks)
+        for owner in owners:
+            owner.cancel()
+        if owners:
+            await asyncio.wait(owners, timeout=_REVOKE_SECONDS)
+
+    # --- starting ----------------------------------------------------------------------------------------------
+
+    async def _prepare_topics(self) -> None:
+        await self._catalog.require(self._sources)
+        counts = [self._catalog.partitions(topic) for topic in self._sources]
+        await self._catalog.require([self.session.output(self.pipeline.sink)], partitions=max(counts))
+        room = max(self.pipeline.max_row_bytes, self._broker.max_message_bytes) + 2 * HEADROOM_BYTES
+        await self._catalog.require(
+            [self.session.dead_letters], config={"max.message.bytes": str(room)}, partitions=max(counts)
+        )
+
+    async def _join(self) -> None:
+        self._rejoin = False
+        self._member = self._broker.member(self.session.group, self._sources)
+        await self._member.join(self)
+
+    # --- one partition -----------------------------------------------------------------------------------------
+
+    async def _own(self, tp: TopicPartition, epoch: int) -> None:
+        """Run a partition's task, from step 2 again after an error that a fresh look can mend."""
+        pause, stall = _FIRST_PAUSE, self.options.stall_timeout
+        give_up = self._clock.monotonic() + stall
+        while not self._stopping and epoch == self._epoch:
+            task = self._make_task(tp)
+            began = self._clock.monotonic()
+            try:
+                offset = await task.open(self._first_offset)
+                if epoch != self._epoch or self._member is None:
+                    return
+                self._tasks[tp] = task
+                self._member.begin(tp, offset)
+                self._changed.set()
+                await task.run()
+            except FencedError as error:
+                log.warning("%s; joining the group again", error)
+                self._rejoin = True
+                self._changed.set()
+                return
+            except (BrokerError, CheckpointMovedError) as error:
+                now = self._clock.monotonic()
+                if task.has_committed or now - began > stall:
+                    pause, give_up = _FIRST_PAUSE, now + stall  # it worked for a while: this trouble is a new one
+                if now > give_up:
+                    self._fail(StalledError(f"{tp}: no progress for {stall:g} s: {error}"))
+                    return
+                log.warning("%s: starting the partition again: %s", tp, error)
+            except asyncio.CancelledError:
+                raise
+            except BaseException as error:  # noqa: BLE001 - it must reach the caller of run()
+                self._fail(error)
+                return
+            else:
+                return
+            finally:
+                if self._tasks.get(tp) is task:
+                    del self._tasks[tp]
+                await task.close()
+            await self._clock.sleep(pause * (0.5 + self._clock.random() / 2))
+            pause = min(pause * 2, _LONGEST_PAUSE)
+
+    def _make_task(self, tp: TopicPartition) -> PartitionTask:
+        return PartitionTask(
+            tp,
+            transactor=Transactor(self._broker, self.session, tp, self.options, self._clock),
+            processor=Processor(
+                self.pipeline,
+                self._chain,
+                self.session,
+                tp,
+                self._catalog,
+                self._pool,
+                self._clock,
+            ),
+            make_flow=None if self._keeps_order else self._make_flow,
+            in_flight=self._in_flight,
+            options=self.options,
+            clock=self._clock,
+            on_commit=self._on_commit,
+            on_change=self._changed.set,
+        )
+
+    def _make_flow(self, on_done: Callable[[Flight], None]) -> Flow:
+        return Flow(
+            self._chain,
+            self._pool,
+            self._slots,
+            on_done,
+            by_key=self.pipeline.ordering == "key",
+            linger=self.options.linger,
+        )
+
+    async def _first_offset(self, tp: TopicPartition) -> int:
+        """Where a group that never committed begins: at the pipeline's ``start``, or the first row of its own topic."""
+        start = self.pipeline.start if self.session.is_live else "earliest"
+        at: Moment = "earliest"
+        if isinstance(start, datetime):
+            at = int(start.timestamp() * 1000)
+        elif start == "latest":
+            at = "end"
+        async with deadline(self.options.broker_timeout, f"{tp}: look up the first offset"):
+            return (await self._broker.offsets([tp], at))[tp]
+
+    def _on_commit(self, tp: TopicPartition, effects: Effects, seconds: float) -> None:
+        self.stats.add(tp, effects)
+        log.debug("%s: committed %d rows in %.3f s", tp, effects.rows, seconds)
+
+    def _fail(self, error: BaseException) -> None:
+        self._failure = self._failure or error
+        self.stop()
+
+    # --- serving -----------------------------------------------------------------------------------------------
+
+    async def _serve(self) -> None:
+        while not self._stopping and not await self._is_finished():
+            if self._rejoin:
+                await _flush(self._tasks.values())
+                await self._leave()
+                await self._join_again()
+            await self._probe()
+            self._changed.clear()
+            wanted = [tp for tp, task in self._tasks.items() if task.wants_rows]
+            if wanted:
+                await self._fetch(wanted)
+            else:
+                await self._until_changed()
+
+    async def _join_again(self) -> None:
+        """Join after having been fenced, with the patience that any trouble with the broker gets."""
+        give_up = self._clock.monotonic() + self.options.stall_timeout
+        pause = _FIRST_PAUSE
+        while not self._stopping:
+            try:
+                await self._join()
+            except BrokerError as error:
+                if self._clock.monotonic() > give_up:
+                    raise StalledError(f"cannot join group {self.session.group} again: {error}") from error
+                log.warning("joining again: %s", error)
+                await self._leave()
+            else:
+                return
+            await self._clock.sleep(pause)
+            pause = min(pause * 2, _LONGEST_PAUSE)
+
+    async def _probe(self) -> None:
+        """Ask the broker for something now and then while no rows come: a fetch tells nothing of a dead broker."""
+        now = self._clock.monotonic()
+        if now - max(self._heard, self._probed) < _PROBE_SECONDS:
+            return
+        self._probed = now
+        try:
+            async with deadline(_PROBE_SECONDS, "ask the broker whether it is there"):
+                await self._broker.offsets([TopicPartition(self._sources[0], 0)], "earliest")
+            self._heard = self._clock.monotonic()
+        except BrokerError as error:
+            silent = self._clock.monotonic() - self._heard
+            log.warning("no sign of the broker for %.0f s: %s", silent, error)
+            if silent > self.options.stall_timeout:
+                self._fail(StalledError(f"no sign of {self._broker.url} for {silent:.0f} s: {error}"))
+
+    async def _fetch(self, wanted: list[TopicPartition]) -> None:
+        member = self._member
+        if member is None:
+            return
+        try:
+            got = await member.fetch(wanted, self.options.fetch_rows, _FETCH_SECONDS)
+        except OffsetOutOfRangeError as error:
+            self._fail(error)
+            return
+        except BrokerError as error:
+            log.warning("%s", error)
+            await self._clock.sleep(_FETCH_SECONDS)
+            return
+        # By the port's contract these records lie where the partition was begun last, so they are for its present
+        # task, also if that one was made while the fetch was waiting.
+        for tp, records in got.items():
+            task = self._tasks.get(tp)
+            if task is not None and task.running and records:
+                task.offer(records)
+        for tp in wanted:
+            task = self._tasks.get(tp)
+            if task is not None and task.running and not got.get(tp):
+                await self._advance(member, task)
+        if any(got.values()):
+            self._heard = self._clock.monotonic()
+
+    async def _advance(self, member: Member, task: PartitionTask) -> None:
+        """Tell a task of a gap at the end of its log (transaction markers, records compacted away)."""
+        with contextlib.suppress(BrokerError, TopicError, TimeoutError):  # it may be gone, or not be begun
+            async with asyncio.timeout(_FETCH_SECONDS):
+                position = await member.position(task.tp)
+            if self._tasks.get(task.tp) is task:
+                task.advance(position)
+
+    async def _until_changed(self) -> None:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_FETCH_SECONDS):
+                await self._changed.wait()
+
+    async def _is_finished(self) -> bool:
+        if self._ends is None:
+            return False
+        self._finished |= {tp for tp, end in self._ends.items() if end == 0 or self._has_reached(tp, end)}
+        missing = self._ends.keys() - self._finished
+        elsewhere = missing - self._owners.keys()
+        if elsewhere and self._clock.monotonic() - self._asked_elsewhere > _ELSEWHERE_SECONDS:
+            await self._ask_elsewhere(elsewhere)
+        return not missing - self._finished
+
+    async def _ask_elsewhere(self, partitions: set[TopicPartition]) -> None:
+        """Partitions that other workers of the group own: only the broker knows how far they are."""
+        self._asked_elsewhere = self._clock.monotonic()
+        with contextlib.suppress(BrokerError):
+            async with deadline(self.options.broker_timeout, "read the group's offsets"):
+                committed = await self._broker.committed(self.session.group, partitions)
+            for tp, checkpoint in committed.items():
+                if checkpoint is not None and self._ends is not None and checkpoint.offset >= self._ends[tp]:
+                    self._finished.add(tp)
+
+    # --- stopping ----------------------------------------------------------------------------------------------
+
+    async def _drain(self) -> None:
+        """Finish what is in work, and commit it."""
+        for task in self._tasks.values():
+            task.drain()
+        owners = [owner for tp, owner in self._owners.items() if tp in self._tasks]
+        if owners:
+            _, late = await asyncio.wait(owners, timeout=self.options.drain_timeout)
+            if late:
+                log.warning("%d partitions did not finish within %g s", len(late), self.options.drain_timeout)
+
+    async def _leave(self) -> None:
+        self._epoch += 1
+        owners, self._owners = list(self._owners.values()), {}
+        for owner in owners:
+            owner.cancel()
+        if owners:
+            await asyncio.wait(owners, timeout=self.options.broker_timeout)
+        member, self._member = self._member, None
+        if member is not None:
+            await member.leave()
+
+
+async def _flush(tasks: Iterable[PartitionTask]) -> None:
+    """Commit what has completed in these, for half a second at most."""
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(_REVOKE_SECONDS):
+            await asyncio.gather(*(task.flush() for task in tasks))
+
+
+def _names(partitions: frozenset[TopicPartition]) -> str:
+    return ", ".join(str(tp) for tp in sorted(partitions)) or "nothing"
