@@ -156,7 +156,7 @@ class Worker(AssignmentListener):
 
     # --- AssignmentListener ------------------------------------------------------------------------------------
 
-    def assigned(self, partitions: frozenset[TopicPartition]) -> None:
+    def assigned(self, partitions: frozenset[TopicPartition], consecutive: bool) -> None:
         """Start a task per partition, in a new epoch; see the port for what must not happen here."""
         self._epoch += 1
         log.info("assigned %s (epoch %d)", _names(partitions), self._epoch)

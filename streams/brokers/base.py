@@ -97,8 +97,11 @@ class Reader(ABC):
 class AssignmentListener(Protocol):
     """Told which partitions a member owns. Implemented by the worker."""
 
-    def assigned(self, partitions: frozenset[TopicPartition]) -> None:
+    def assigned(self, partitions: frozenset[TopicPartition], consecutive: bool) -> None:
         """The member now owns exactly these. Called before any of their records can be fetched.
+
+        ``consecutive`` tells that nobody else can have owned those of them that ``revoked`` named last: this is the
+        group's very next generation. Work on them may go on. Otherwise nothing of it counts any more.
 
         Every partition is paused then, and has no position, until ``Member.begin`` names one. Must return at
         once: on Kafka no heartbeat is sent meanwhile (FACTS).
@@ -128,6 +131,15 @@ class Member(Reader):
     @abstractmethod
     def begin(self, tp: TopicPartition, offset: int) -> None:
         """Start fetching an assigned partition at ``offset``. Ignored when it is not owned any more."""
+
+    @abstractmethod
+    async def commit(self, offsets: Mapping[TopicPartition, Committed]) -> None:
+        """Commit offsets without a transaction, for at-least-once.
+
+        Raises:
+            FencedError: the group has gone on without this member; its commit does not count.
+            BrokerError: whether it took effect is unknown. Committing again is harmless.
+        """
 
     @abstractmethod
     async def leave(self) -> None:
@@ -171,8 +183,11 @@ class TransactionalProducer(Producer):
         """Put a group's offsets, with their metadata, into the open transaction. One group per transaction."""
 
     @abstractmethod
-    async def end(self) -> None:
+    async def end(self) -> dict[TopicPartition, int]:
         """Commit. Every awaitable that ``send`` returned must have ended well before.
+
+        Returns, for each partition written to, the offset behind the last record (markers may follow); a partition
+        of which the broker did not tell is missing.
 
         On Kafka the records, and the offsets that ``Broker.committed`` tells, may show some milliseconds after this
         returned; a ``start`` of the same id makes them final.

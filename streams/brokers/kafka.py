@@ -18,6 +18,7 @@ from aiokafka import errors as kafka_errors
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
 from aiokafka.consumer.fetcher import READ_COMMITTED, PartitionRecords
+from aiokafka.coordinator.assignors.sticky.sticky_assignor import StickyPartitionAssignor
 from aiokafka.protocol.admin import DeleteGroupsRequest, DeleteTopicsRequest
 from aiokafka.protocol.commit import OffsetFetchRequest
 from aiokafka.protocol.fetch import FetchRequest
@@ -58,6 +59,7 @@ CALL_SECONDS = 30.0
 CLOSE_SECONDS = 5.0
 """How long an orderly goodbye may take before connections are simply cut."""
 RETRY_PAUSE = 0.1
+_HEARTBEAT_MS = 300
 _METADATA_ATTEMPTS = 20
 _RECORD_BYTES = 100
 """More than the lengths, offsets and times of a record take, and than the head of a batch."""
@@ -70,6 +72,13 @@ _FENCED = (
     kafka_errors.InvalidProducerEpoch,
     kafka_errors.TransactionCoordinatorFenced,
     kafka_errors.InvalidProducerIdMapping,
+)
+_OUTSIDE = (
+    kafka_errors.CommitFailedError,
+    kafka_errors.IllegalGenerationError,
+    kafka_errors.UnknownMemberIdError,
+    kafka_errors.RebalanceInProgressError,
+    kafka_errors.IllegalStateError,
 )
 # A header name that is not UTF-8 surfaces as either, depending on whether the client's C extension is there.
 _UNPARSABLE = (kafka_errors.CorruptRecordException, UnicodeDecodeError)
@@ -335,7 +344,10 @@ class KafkaBroker(Broker):
         consumer = self._consumer(
             group_id=group,
             session_timeout_ms=int(self._session_timeout * 1000),
-            heartbeat_interval_ms=int(self._session_timeout * 1000 / 4),
+            # A member hears of a rebalance in the answer to a heartbeat, and all wait for the last one to hear.
+            heartbeat_interval_ms=min(_HEARTBEAT_MS, int(self._session_timeout * 1000 / 4)),
+            # Partitions that stay where they are keep their rows in flight.
+            partition_assignment_strategy=(StickyPartitionAssignor,),
             # The default is the session time-out, which is short for handing over many partitions (FACTS).
             rebalance_timeout_ms=60_000,
             # Never: past it the client leaves, and comes back only when it is polled, which a worker without
@@ -609,6 +621,7 @@ class KafkaMember(KafkaReader, Member):
         self._topics = list(topics)
         self._begun: set[TopicPartition] = set()
         self._listener: AssignmentListener | None = None
+        self._generation = -1
 
     async def join(self, listener: AssignmentListener) -> None:
         """Connect and subscribe; the client joins by itself and calls the listener."""
@@ -616,8 +629,10 @@ class KafkaMember(KafkaReader, Member):
         self._client.subscribe(self._topics, listener=_Rebalances(self, listener))
         await self._connect()
 
-    def take_over(self, partitions: frozenset[TopicPartition]) -> None:
+    def take_over(self, partitions: frozenset[TopicPartition]) -> bool:
         """Hold newly assigned partitions still before anything can be fetched from them.
+
+        Tells whether this is the generation that follows the one before.
 
         A position is set at once, or the client would look for a committed one, find none and fail; it is not
         used, because the partition is paused until ``begin``.
@@ -627,6 +642,8 @@ class KafkaMember(KafkaReader, Member):
             kafka_tp = aiokafka.TopicPartition(*tp)
             self._client.seek(kafka_tp, 0)
             self._client.pause(kafka_tp)
+        before, self._generation = self._generation, int(self._client._coordinator.generation)  # noqa: SLF001
+        return self._generation == before + 1
 
     def begin(self, tp: TopicPartition, offset: int) -> None:
         """Seek and resume."""
@@ -638,6 +655,18 @@ class KafkaMember(KafkaReader, Member):
 
     def _owned(self) -> frozenset[Any]:
         return frozenset(self._begun) & frozenset(self._client.assignment())
+
+    async def commit(self, offsets: Mapping[TopicPartition, Committed]) -> None:
+        """An OffsetCommit with this member's generation, which the broker checks."""
+        if self._listener is None:  # the client would connect once more for it
+            raise FencedError("commit offsets: this member has left its group")
+        try:
+            with _translated("commit offsets"):
+                await self._client.commit({aiokafka.TopicPartition(*tp): tuple(done) for tp, done in offsets.items()})
+        except BrokerError as error:
+            if isinstance(error.__cause__, _OUTSIDE):
+                raise FencedError(f"commit offsets: {error.__cause__}") from error
+            raise
 
     async def leave(self) -> None:
         """Leave; on the way the listener loses what it had, which the client would not tell it."""
@@ -665,8 +694,8 @@ class _Rebalances(aiokafka.ConsumerRebalanceListener):  # type: ignore[misc]
 
     def on_partitions_assigned(self, assigned: Collection[Any]) -> None:
         partitions = frozenset(TopicPartition(*tp) for tp in assigned)
-        self._member.take_over(partitions)
-        self._listener.assigned(partitions)
+        consecutive = self._member.take_over(partitions)
+        self._listener.assigned(partitions, consecutive)
 
 
 class KafkaProducer(Producer):
@@ -676,6 +705,7 @@ class KafkaProducer(Producer):
         self._client = client
         self._limits = limits
         self._known: set[TopicPartition] = set()
+        self._ends: dict[TopicPartition, int] = {}
 
     async def start(self) -> None:
         """Connect; a transactional one fences its predecessor here."""
@@ -688,10 +718,20 @@ class KafkaProducer(Producer):
             await self._check_exists(tp)
         with _translated(f"send to {tp}"):
             acknowledgements = [
-                await self._client.send_batch(batch, tp.topic, partition=tp.partition)
+                (await self._client.send_batch(batch, tp.topic, partition=tp.partition), batch.record_count())
                 for batch in _batches(self._client, records, self._limits.get(tp.topic, BATCH_BYTES))
             ]
-        return _all_written(tp, acknowledgements)
+        return self._all_written(tp, acknowledgements)
+
+    async def _all_written(self, tp: TopicPartition, acknowledgements: Sequence[tuple[Awaitable[Any], int]]) -> None:
+        """Await every one, also after a failure: an unawaited one is a lost row that nobody hears of (FACTS)."""
+        results = await asyncio.gather(*(written for written, _ in acknowledgements), return_exceptions=True)
+        for result, (_, count) in zip(results, acknowledgements, strict=True):
+            if isinstance(result, BaseException):
+                with _translated(f"write to {tp}"):
+                    raise result
+            if result.offset >= 0:  # unknown where a repeated batch was recognised as one
+                self._ends[tp] = result.offset + count
 
     async def _check_exists(self, tp: TopicPartition) -> None:
         """The client asks for an absent topic again and again, and asserts on an absent partition."""
@@ -727,6 +767,7 @@ class KafkaTransactionalProducer(KafkaProducer, TransactionalProducer):
         """Open a transaction."""
         with _translated(f"begin a transaction of {self._id}"):
             await self._client.begin_transaction()
+        self._ends = {}
 
     async def commit_offsets(self, group: str, offsets: Mapping[TopicPartition, Committed]) -> None:
         """Offsets and metadata into the transaction."""
@@ -735,10 +776,11 @@ class KafkaTransactionalProducer(KafkaProducer, TransactionalProducer):
                 {aiokafka.TopicPartition(*tp): tuple(committed) for tp, committed in offsets.items()}, group
             )
 
-    async def end(self) -> None:
+    async def end(self) -> dict[TopicPartition, int]:
         """Commit."""
         with _translated(f"commit the transaction of {self._id}"):
             await self._client.commit_transaction()
+        return self._ends
 
     async def abort(self) -> None:
         """Abort."""
@@ -801,12 +843,3 @@ def _look_at_errors(client: aiokafka.AIOKafkaProducer) -> None:
     for future in futures:
         if future is not None and future.done() and not future.cancelled():
             future.exception()
-
-
-async def _all_written(tp: TopicPartition, acknowledgements: Sequence[Awaitable[Any]]) -> None:
-    """Await every one, also after a failure: an unawaited one is a lost row that nobody hears of (FACTS)."""
-    results = await asyncio.gather(*acknowledgements, return_exceptions=True)
-    for result in results:
-        if isinstance(result, BaseException):
-            with _translated(f"write to {tp}"):
-                raise result

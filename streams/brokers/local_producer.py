@@ -107,12 +107,15 @@ class LocalTransactionalProducer(TransactionalProducer):
         self._open()
         self._offsets.setdefault(group, {}).update(offsets)
 
-    async def end(self) -> None:
+    async def end(self) -> dict[TopicPartition, int]:
         """Write all of it, or nothing."""
         outbox, self._outbox = self._open(), None
         epoch, self._epoch = self._epoch, None  # spent, should anything go wrong
-        await self._broker.write(LogStore.commit, self._id, epoch, outbox.drain(), self._offsets, self._broker.now_ms())
+        ends = await self._broker.write(
+            LogStore.commit, self._id, epoch, outbox.drain(), self._offsets, self._broker.now_ms()
+        )
         self._epoch = epoch
+        return ends
 
     async def abort(self) -> None:
         """Forget the transaction, if there is one."""

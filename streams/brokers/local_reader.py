@@ -6,8 +6,8 @@ import asyncio
 from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from ...state.model import Record, StoredRecord, TopicPartition
-from ..errors import TopicError
+from ...state.model import Committed, Record, StoredRecord, TopicPartition
+from ..errors import FencedError, TopicError
 from .base import AssignmentListener, Member, Reader
 from .local_batch import DamagedBatchError, decode
 from .local_group import GroupLock
@@ -172,6 +172,7 @@ class LocalMember(LocalReader, Member):
 
     def __init__(self, broker: LocalBroker, group: str, topics: Collection[str]) -> None:
         super().__init__(broker)
+        self._group = group
         self._topics = list(topics)
         self._lock = GroupLock(broker.folder, group)
         self._listener: AssignmentListener | None = None
@@ -197,13 +198,19 @@ class LocalMember(LocalReader, Member):
             raise
         self._listener = listener
         self._broker.attach(self)
-        listener.assigned(frozenset(self._owned))
+        listener.assigned(frozenset(self._owned), False)
 
     def begin(self, tp: TopicPartition, offset: int) -> None:
         """Start fetching an owned partition."""
         if tp in self._owned:
             self._cursors[tp] = _Cursor(tp, self._owned[tp], offset)
             self.wake()
+
+    async def commit(self, offsets: Mapping[TopicPartition, Committed]) -> None:
+        """Commit offsets by themselves."""
+        if not offsets.keys() <= self._owned.keys():
+            raise FencedError(f"group {self._group}: {sorted(offsets)} are not this member's any more")
+        await self._broker.write(LogStore.commit_offsets, self._group, offsets, self._broker.now_ms())
 
     async def leave(self) -> None:
         """Let the listener commit, then free the group."""

@@ -355,8 +355,8 @@ class LogStore:
         writes: Sequence[Write],
         offsets: Mapping[str, Mapping[TopicPartition, Committed]],
         now_ms: int,
-    ) -> None:
-        """A whole transaction of the id's owner: batches and groups' offsets, all or none."""
+    ) -> dict[TopicPartition, int]:
+        """A whole transaction of the id's owner: batches and groups' offsets, all or none. Gives the logs' new ends."""
         with self._writing():
             row = self._db.execute("SELECT epoch FROM producer WHERE id = ?", (transactional_id,)).fetchone()
             if row is None or row[0] != epoch:
@@ -367,6 +367,12 @@ class LogStore:
             self._append(writes)
             for group, committed in offsets.items():
                 self._commit_offsets(group, committed, now_ms)
+            return {write.tp: self._end(write.tp) for write in writes}
+
+    def commit_offsets(self, group: str, offsets: Mapping[TopicPartition, Committed], now_ms: int) -> None:
+        """A group's offsets by themselves."""
+        with self._writing():
+            self._commit_offsets(group, offsets, now_ms)
 
     def _append(self, writes: Sequence[Write]) -> None:
         for (topic, partition), batches in writes:
@@ -379,6 +385,10 @@ class LogStore:
             ).rowcount  # fmt: skip
             if written != len(batches):
                 raise TopicError(f"{topic}/{partition}: no such partition; create the topic first")
+
+    def _end(self, tp: TopicPartition) -> int:
+        (end,) = self._db.execute("SELECT next FROM log WHERE topic = ? AND partition = ?", tp).fetchone()
+        return int(end)
 
     def _commit_offsets(self, group: str, offsets: Mapping[TopicPartition, Committed], now_ms: int) -> None:
         written = self._db.executemany(

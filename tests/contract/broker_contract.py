@@ -99,10 +99,12 @@ class Listener:
     def __init__(self) -> None:
         self.owned: frozenset[TopicPartition] = frozenset()
         self.lost: list[frozenset[TopicPartition]] = []
+        self.consecutive: list[bool] = []
         self.told = asyncio.Event()
 
-    def assigned(self, partitions: frozenset[TopicPartition]) -> None:
+    def assigned(self, partitions: frozenset[TopicPartition], consecutive: bool) -> None:
         self.owned = partitions
+        self.consecutive.append(consecutive)
         self.told.set()
 
     async def revoked(self, partitions: frozenset[TopicPartition]) -> None:
@@ -433,7 +435,7 @@ class BrokerContract:
         await producer.commit_offsets(group, {tps[2]: Committed(7, "map"), tps[0]: Committed(1)})
         assert await broker.offsets([*tps, other], "end") == dict.fromkeys([*tps, other], 0)
         assert await broker.committed(group, [tps[2]]) == {tps[2]: None}
-        await producer.end()
+        assert await producer.end() == {tps[0]: 3, tps[1]: 1, other: 1}, "the offsets behind what was written"
         await transactional.settle()
         found = await drain(broker, [*tps, other])
         assert [values_of(found[tp]) for tp in (*tps, other)] == [[b"a", b"b", b"e"], [b"c"], [], [b"d"]]
@@ -682,6 +684,28 @@ class BrokerContract:
         await transactional.settle()
         assert await broker.committed(f"{topic}-g", tps) == dict.fromkeys(tps, Committed(4))
 
+    async def test_member_commits_without_transaction(
+        self, broker: Broker, tps: list[TopicPartition], topic: str
+    ) -> None:
+        """A member's own commit carries offset and map, may be repeated, and is refused once it has left."""
+        member, listener = broker.member(f"{topic}-g", [topic]), Listener()
+        try:
+            async with asyncio.timeout(DEADLINE):
+                await member.join(listener)
+                await listener.told.wait()
+                for _ in range(2):
+                    await member.commit({tps[0]: Committed(5, "map"), tps[1]: Committed(6)})
+                assert await broker.committed(f"{topic}-g", tps[:2]) == {
+                    tps[0]: Committed(5, "map"),
+                    tps[1]: Committed(6),
+                }
+                await member.leave()
+                with pytest.raises(FencedError):
+                    await member.commit({tps[0]: Committed(9)})
+        finally:
+            await member.close()
+        assert (await broker.committed(f"{topic}-g", tps))[tps[0]] == Committed(5, "map")
+
     # -- the end ---------------------------------------------------------------------------------------
 
     async def test_closing_twice(self, broker: Broker, tps: list[TopicPartition], topic: str) -> None:
@@ -697,3 +721,27 @@ class BrokerContract:
         for thing in (reader, producer, transactional, *never, broker) * 2:
             async with asyncio.timeout(8):
                 await thing.close()
+
+
+class SharedGroupContract(BrokerContract):
+    """What brokers must do besides whose groups may have several members."""
+
+    async def test_members_share(self, broker: Broker, tps: list[TopicPartition], topic: str) -> None:
+        """A second member gets some of the partitions, and both are told which assignments follow directly."""
+        first, second = broker.member(f"{topic}-g", [topic]), broker.member(f"{topic}-g", [topic])
+        one, two = Listener(), Listener()
+        try:
+            async with asyncio.timeout(DEADLINE):
+                await first.join(one)
+                await one.told.wait()
+                assert one.owned == frozenset(tps)
+                one.told.clear()
+                await second.join(two)
+                while one.owned | two.owned != frozenset(tps) or not two.owned or one.owned & two.owned:
+                    await asyncio.sleep(0.05)
+            assert one.lost == [frozenset(tps)]
+            assert one.consecutive == [False, True]
+            assert two.consecutive[0] is False
+        finally:
+            await second.close()
+            await first.close()

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 
 import pytest
-from contract.broker_contract import BrokerContract
+from contract.broker_contract import SharedGroupContract
 from rowmill.streams.brokers.base import Broker
 from support.fake_broker import FakeBroker
 
 
-class TestFakeBroker(BrokerContract):
+class TestFakeBroker(SharedGroupContract):
     """The suite in memory."""
 
     @pytest.fixture(params=[True, False], ids=["markers", "dense"])

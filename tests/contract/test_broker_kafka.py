@@ -6,13 +6,13 @@ import time
 from collections.abc import AsyncIterator
 
 import pytest
-from contract.broker_contract import BrokerContract
+from contract.broker_contract import SharedGroupContract
 from rowmill.streams.brokers.base import Broker
 from rowmill.streams.brokers.open import open_broker
 from rowmill.streams.errors import BrokerUnreachableError
 
 
-class TestKafkaBroker(BrokerContract):
+class TestKafkaBroker(SharedGroupContract):
     """The suite on the session's node."""
 
     @pytest.fixture

@@ -32,7 +32,19 @@ from rowmill.streams.errors import BrokerError, FencedError, OffsetOutOfRangeErr
 T = TypeVar("T")
 
 Step: TypeAlias = Literal[
-    "start", "begin", "send", "ack", "offsets", "end", "committed", "topics", "create", "look_up", "fetch", "position"
+    "start",
+    "begin",
+    "send",
+    "ack",
+    "offsets",
+    "end",
+    "committed",
+    "topics",
+    "create",
+    "look_up",
+    "fetch",
+    "position",
+    "commit",
 ]
 """Where a fault can be put: the transactional producer's steps in their order, then the broker's and a reader's."""
 
@@ -103,6 +115,7 @@ class FakeBroker(Broker):
         self._members: dict[str, list[FakeMember]] = {}
         self._faults: list[Fault] = []
         self._coordinator = asyncio.Lock()
+        self._generation = 0
 
     # -- for tests -------------------------------------------------------------------------------------
 
@@ -171,8 +184,9 @@ class FakeBroker(Broker):
 
     def evict(self, group: str) -> None:
         """Assign a group's partitions anew without revoking them first, as after a pause of the process."""
+        self._generation += 2
         for member in self._members.get(group, []):
-            member.take(member.owned)
+            member.take(member.owned, self._generation)
 
     def log(self, tp: TopicPartition) -> _Log:
         """A partition's log."""
@@ -317,6 +331,11 @@ class FakeBroker(Broker):
         """Put a group's offsets in the open transaction."""
         self._open[transactional_id].offsets.setdefault(group, {}).update(offsets)
 
+    def written_ends(self, transactional_id: str) -> dict[TopicPartition, int]:
+        """Behind the last record of the id's open transaction, by partition."""
+        transaction = self._open.get(transactional_id)
+        return {tp: offsets[-1] + 1 for tp, offsets in transaction.written.items()} if transaction else {}
+
     def finish(self, transactional_id: str, *, commit: bool) -> None:
         """End the id's transaction, if it has one."""
         transaction = self._open.pop(transactional_id, None)
@@ -364,9 +383,10 @@ class FakeBroker(Broker):
             self._share(members)
 
     def _share(self, members: list[FakeMember]) -> None:
+        self._generation += 1
         for number, member in enumerate(members):
             everything = [tp for topic in member.topics for tp in self.partitions(topic)]
-            member.take(frozenset(everything[number :: len(members)]))
+            member.take(frozenset(everything[number :: len(members)]), self._generation)
 
     def members(self, group: str) -> list[FakeMember]:
         """The group's members."""
@@ -458,6 +478,7 @@ class FakeMember(FakeReader, Member):
         self.owned: frozenset[TopicPartition] = frozenset()
         self._group = group
         self._listener: AssignmentListener | None = None
+        self._generation = -1
 
     async def start(self, positions: Mapping[TopicPartition, int]) -> None:
         for tp, offset in positions.items():
@@ -473,12 +494,21 @@ class FakeMember(FakeReader, Member):
             self._positions[tp] = offset
             self.woken.set()
 
-    def take(self, partitions: frozenset[TopicPartition]) -> None:
+    def take(self, partitions: frozenset[TopicPartition], generation: int) -> None:
         """Own exactly these, paused."""
         self.owned = partitions
         self._positions = {}
+        before, self._generation = self._generation, generation
         if self._listener is not None:
-            self._listener.assigned(partitions)
+            self._listener.assigned(partitions, generation == before + 1)
+
+    async def commit(self, offsets: Mapping[TopicPartition, Committed]) -> None:
+        await self._broker.step("commit", lambda: self._commit(offsets))
+
+    def _commit(self, offsets: Mapping[TopicPartition, Committed]) -> None:
+        if not offsets.keys() <= self.owned:
+            raise FencedError("these partitions belong to another member")
+        self._broker.group_offsets.setdefault(self._group, {}).update(offsets)
 
     async def lose(self) -> None:
         """Own nothing."""
@@ -576,9 +606,16 @@ class FakeTransactionalProducer(FakeProducer, TransactionalProducer):
     async def commit_offsets(self, group: str, offsets: Mapping[TopicPartition, Committed]) -> None:
         await self._do("offsets", lambda: self._broker.add_offsets(self._name, group, offsets))
 
-    async def end(self) -> None:
+    async def end(self) -> dict[TopicPartition, int]:
         assert all(ack.awaited for ack in self._acks), "a transaction ends before all of its sends are acknowledged"
-        await self._do("end", lambda: self._broker.finish(self._name, commit=True))
+        ends: dict[TopicPartition, int] = {}
+
+        def finish() -> None:
+            ends.update(self._broker.written_ends(self._name))
+            self._broker.finish(self._name, commit=True)
+
+        await self._do("end", finish)
+        return ends
 
     async def abort(self) -> None:
         self._check()

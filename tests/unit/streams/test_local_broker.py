@@ -52,7 +52,7 @@ class SetClock(SystemClock):
 class Listener:
     """Listens and does nothing."""
 
-    def assigned(self, partitions: frozenset[TopicPartition]) -> None:
+    def assigned(self, partitions: frozenset[TopicPartition], consecutive: bool) -> None:
         pass
 
     async def revoked(self, partitions: frozenset[TopicPartition]) -> None:
@@ -118,7 +118,7 @@ from rowmill.streams.brokers.local import LocalBroker
 TP = TopicPartition("t", 0)
 
 class Listener:
-    def assigned(self, partitions): pass
+    def assigned(self, partitions, consecutive): pass
     async def revoked(self, partitions): pass
 
 async def main():
