@@ -12,14 +12,15 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .handlers.context import RowContext
     from .handlers.stage import Stage
-    from .state.errors import BadRowError, ConfigError, RowmillError
+    from .state.context import ExecutionContext
+    from .state.errors import BadRowError, CheckpointError, ConfigError, RowmillError
+    from .state.stats import ProcessingStats
     from .streams.brokers.open import open_broker
     from .streams.client import Message, publish, read
     from .streams.errors import (
         BrokerError,
         BrokerTimeoutError,
         BrokerUnreachableError,
-        CheckpointError,
         FencedError,
         GroupBusyError,
         InputError,
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     )
     from .streams.options import WorkerOptions
     from .streams.pipeline import Pipeline
-    from .streams.results import CostEstimate, ErrorInfo, ExecutionResult, ProcessingStats
+    from .streams.results import CostEstimate, ErrorInfo, ExecutionResult
     from .streams.session import Session
     from .streams.streaming import StreamingResult
     from .streams.worker import Worker
@@ -42,10 +43,11 @@ _HOMES = {
     "BrokerError": "streams.errors",
     "BrokerTimeoutError": "streams.errors",
     "BrokerUnreachableError": "streams.errors",
-    "CheckpointError": "streams.errors",
+    "CheckpointError": "state.errors",
     "ConfigError": "state.errors",
     "CostEstimate": "streams.results",
     "ErrorInfo": "streams.results",
+    "ExecutionContext": "state.context",
     "ExecutionResult": "streams.results",
     "FencedError": "streams.errors",
     "GroupBusyError": "streams.errors",
@@ -53,7 +55,7 @@ _HOMES = {
     "Message": "streams.client",
     "OffsetOutOfRangeError": "streams.errors",
     "Pipeline": "streams.pipeline",
-    "ProcessingStats": "streams.results",
+    "ProcessingStats": "state.stats",
     "RowContext": "handlers.context",
     "RowmillError": "state.errors",
     "Session": "streams.session",
@@ -78,6 +80,7 @@ __all__ = [
     "ConfigError",
     "CostEstimate",
     "ErrorInfo",
+    "ExecutionContext",
     "ExecutionResult",
     "FencedError",
     "GroupBusyError",

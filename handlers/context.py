@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, MutableMapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from decimal import Decimal
+from typing import Any, NamedTuple, TypeAlias
 
+from ..state.context import checked_cost
 from ..state.errors import ConfigError
 from ..state.model import RESERVED_PREFIX, Headers, Row
+from ..state.table import Operation, RowTables, Table
 
 _LOG = logging.getLogger("rowmill.handler")
+
+NO_COST = Decimal(0)
 
 
 class Emit(NamedTuple):
@@ -21,6 +26,10 @@ class Emit(NamedTuple):
     headers: Headers
 
 
+TablesOpener: TypeAlias = "Callable[[RowContext], RowTables]"
+"""Gives a row its view of the tables, when it first asks for one."""
+
+
 class RowContext:
     """The second argument of a handler that asks for one (``def score(row, ctx)``).
 
@@ -30,7 +39,10 @@ class RowContext:
     all stages. It must not be used after the row completed.
     """
 
-    __slots__ = ("_headers", "_key", "emitted", "offset", "partition", "session", "timestamp", "topic")
+    __slots__ = (
+        "_headers", "_key", "_open_tables", "_tables", "cost", "emitted", "offset", "partition", "placed", "session",
+        "timestamp", "tokens", "topic",
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -41,6 +53,7 @@ class RowContext:
         key: str | bytes | None,
         headers: Headers,
         session: str,
+        open_tables: TablesOpener | None = None,
     ) -> None:
         self.topic = topic
         self.partition = partition
@@ -49,7 +62,13 @@ class RowContext:
         self.session = session
         self._key = key
         self._headers = headers
+        self._open_tables = open_tables
+        self._tables: RowTables | None = None
         self.emitted: list[Emit] = []
+        self.cost = NO_COST
+        self.tokens = 0
+        self.placed: Any = None
+        """The engine's own: what the row's results became, where that had to be settled before the commit."""
 
     @property
     def key(self) -> str | bytes | None:
@@ -74,6 +93,35 @@ class RowContext:
     def log(self) -> logging.LoggerAdapter[logging.Logger]:
         """A logger whose lines name session and row."""
         return _RowLog(_LOG, {"session": self.session, "row": f"{self.topic}/{self.partition}/{self.offset}"})
+
+    def table(self, name: str) -> Table:
+        """A table that the pipeline declared with :meth:`~rowmill.Pipeline.table`.
+
+        Raises:
+            ConfigError: it did not.
+        """
+        if self._tables is None:
+            if self._open_tables is None:
+                raise ConfigError("ctx.table(name)", name, f"declare it at the pipeline: pipeline.table({name!r})")
+            self._tables = self._open_tables(self)
+        return self._tables.table(name)
+
+    @property
+    def operations(self) -> Sequence[Operation]:
+        """What the row does to tables when it completes."""
+        return self._tables.operations if self._tables is not None else ()
+
+    def add_cost(self, amount: Decimal | int, tokens: int = 0) -> None:
+        """Count money spent on this row, and tokens: they join the session's context when the row completes.
+
+        Args:
+            amount: Decimal or int from 0; no float, whose sums are not exact.
+            tokens: from 0.
+
+        Raises:
+            ConfigError: anything else.
+        """
+        self.cost, self.tokens = self.cost + checked_cost(amount), self.tokens + _tokens(tokens)
 
     def emit(
         self,
@@ -106,6 +154,12 @@ class _RowLog(logging.LoggerAdapter[logging.Logger]):
         extra = self.extra or {}
         kwargs["extra"] = {**extra, **(kwargs.get("extra") or {})}
         return f"[{extra['session']} {extra['row']}] {msg}", kwargs
+
+
+def _tokens(tokens: int) -> int:
+    if isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < 0:
+        raise ConfigError("add_cost(tokens=)", tokens, "give a whole number from 0")
+    return tokens
 
 
 def key_bytes(key: str | bytes | None) -> bytes | None:

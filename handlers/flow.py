@@ -18,7 +18,7 @@ import asyncio
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Coroutine, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 from ..state.model import Row
 from .chain import Chain, Failure, Outcome, attempt, run_lots, run_segment
@@ -42,6 +42,9 @@ class Flight:
         self.sender = sender
 
 
+OnDone: TypeAlias = "Callable[[Flight], Coroutine[Any, Any, None] | None]"
+
+
 class Slots:
     """How many calls of each stage may run at once in the whole worker; shared by its flows."""
 
@@ -62,7 +65,9 @@ class Flow:
         chain: the stages.
         pool: threads for plain and blocking stages.
         slots: the worker's slots.
-        on_done: called on the event loop with every flight that is through, failed or dropped. Must not raise.
+        on_done: called on the event loop with every flight that is through, failed or dropped. May return what has to
+            be awaited before the next row of the key may begin.
+        on_error: called when an error of the flow's own, not of a handler, waits for :meth:`check`.
         by_key: whether rows of one key (other than None) run one after the other, in the order they entered.
         linger: seconds that a row waits for company before a batch or frame stage.
     """
@@ -72,12 +77,14 @@ class Flow:
         chain: Chain,
         pool: BlockingPool,
         slots: Slots,
-        on_done: Callable[[Flight], None],
+        on_done: OnDone,
+        on_error: Callable[[], None],
         *,
         by_key: bool,
         linger: float,
     ) -> None:
         self._on_done = on_done
+        self._on_error = on_error
         self._by_key = by_key
         self._waiting: dict[object, deque[Flight]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
@@ -104,13 +111,24 @@ class Flow:
     def _done(self, flight: Flight) -> None:
         if self.is_closed:
             return
-        if self._by_key and flight.key is not None:
+        later = self._on_done(flight)
+        if later is None:
+            self._release(flight)
+        else:
+            self.start(self._release_after(later, flight))
+
+    async def _release_after(self, later: Coroutine[Any, Any, None], flight: Flight) -> None:
+        await later
+        self._release(flight)
+
+    def _release(self, flight: Flight) -> None:
+        """Let the next row of the key begin."""
+        if self._by_key and flight.key is not None and not self.is_closed:
             queue = self._waiting[flight.key]
             if queue:
                 self._first.enter(queue.popleft())
             else:
                 del self._waiting[flight.key]
-        self._on_done(flight)
 
     def start(self, work: Coroutine[Any, Any, None]) -> None:
         """Run part of a segment's work. An error in it is a bug of ours, and is raised by :meth:`check`."""
@@ -122,6 +140,7 @@ class Flow:
         self._tasks.discard(task)
         if not task.cancelled() and task.exception() is not None:
             self._error = self._error or task.exception()
+            self._on_error()
 
     def check(self) -> None:
         """Raise what went wrong inside the flow itself; handlers' errors never do, they are rows' failures."""

@@ -4,7 +4,8 @@ Each class says who acts next::
 
     RowmillError            somebody must act; the subclass says who
     ├── ConfigError         you: a setting is wrong (setting, value received, remedy)
-    └── BadRowError         the sender of a row: it cannot be read or written; it becomes a dead letter
+    ├── BadRowError         the sender of a row: it cannot be read or written; it becomes a dead letter
+    └── CheckpointError     you: a stored checkpoint cannot be read or does not fit; nothing was guessed
 
 ``retryable`` tells whether the same call may succeed later without anybody changing anything.
 """
@@ -50,3 +51,7 @@ class BadRowError(RowmillError, ValueError):
     def __init__(self, kind: str, message: str) -> None:
         super().__init__(message)
         self.kind = kind
+
+
+class CheckpointError(RowmillError):
+    """A checkpoint is unreadable or contradicts what else is known. Never a silent start from the beginning."""

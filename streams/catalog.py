@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Collection, Mapping
 
 from ..state.errors import ConfigError
@@ -9,6 +10,8 @@ from .brokers.base import Broker, TopicSpec
 from .deadlines import deadline
 from .errors import TopicError
 from .session import check_topic
+
+log = logging.getLogger(__name__)
 
 
 class UnknownTopicsError(Exception):
@@ -92,15 +95,50 @@ class Catalog:
         for name in names:
             self.partitions(name)
 
+    async def require_own(self, partitions: Mapping[str, int], config: Mapping[str, str], *, may_grow: bool) -> None:
+        """See that topics of rowmill's own exist, with at least these numbers of partitions.
+
+        Args:
+            partitions: how many each must have.
+            config: what missing ones are made with.
+            may_grow: whether one with fewer partitions gets more; otherwise that is an error.
+
+        Raises:
+            TopicError: one is missing and may not be made, or is too small.
+        """
+        async with deadline(self._timeout, "look topics up"):
+            present = await self._broker.topics()
+            missing = [TopicSpec(name, count, config) for name, count in partitions.items() if name not in present]
+            if missing and not self._create:
+                raise TopicError(_may_not_make(missing[0].name, self._broker.url))
+            await self._broker.create_topics(missing)
+            for name, count in partitions.items():
+                if name in present and present[name].partitions < count:
+                    await self._grow(name, present[name].partitions, count, may_grow=may_grow)
+
+    async def _grow(self, name: str, present: int, wanted: int, *, may_grow: bool) -> None:
+        if not may_grow:
+            raise TopicError(
+                f"{name!r} has {present} partitions and its source {wanted}: the source has grown, keys have moved to "
+                "other partitions, and tables stay with the old ones. Run the rows as another session, or, to begin "
+                "with empty tables, stop the workers and delete this topic and the group"
+            )
+        log.info("%s gets %d partitions, as many as its source has now", name, wanted)
+        await self._broker.grow_topic(name, wanted)
+
     async def _make(self, name: str, config: Mapping[str, str], partitions: int | None) -> None:
         try:
             check_topic("topic", name)
             if not self._create:
-                self._refused[name] = (
-                    f"topic {name!r} does not exist on {self._broker.url} and creation is off; make it, or allow "
-                    "rowmill to (drop --no-create-topics)"
-                )
+                self._refused[name] = _may_not_make(name, self._broker.url)
                 return
             await self._broker.create_topics([TopicSpec(name, partitions, config)])
         except (TopicError, ConfigError) as error:
             self._refused[name] = str(error)
+
+
+def _may_not_make(name: str, url: str) -> str:
+    return (
+        f"topic {name!r} does not exist on {url} and creation is off; make it, or allow rowmill to "
+        "(drop --no-create-topics)"
+    )

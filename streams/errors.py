@@ -8,16 +8,18 @@ RowmillError
 ├── GroupBusyError           you: another worker on this embedded broker already serves the group
 ├── TopicError               you: a topic is missing, or its name or shape is wrong
 ├── OffsetOutOfRangeError    you: the committed offset no longer exists; choose where to go on
-├── CheckpointError          you: a stored checkpoint cannot be read or does not fit; nothing was guessed
 ├── SessionError             you: the session exists and does not fit what was asked
 ├── InputError               you: a file cannot be read or written
 └── StalledError             your supervisor: start the worker again
+
+``CheckpointError`` is here too: contexts and tables raise it as well, so it is defined in the state layer.
 """
 
 from __future__ import annotations
 
 from typing import ClassVar
 
+from ..state.errors import CheckpointError as CheckpointError  # noqa: PLC0414 - exported again
 from ..state.errors import RowmillError
 from ..state.model import TopicPartition
 
@@ -58,10 +60,6 @@ class OffsetOutOfRangeError(RowmillError):
         super().__init__(f"{tp}: offset {offset:,} is not in the log; {remedy}")
         self.tp = tp
         self.offset = offset
-
-
-class CheckpointError(RowmillError):
-    """A checkpoint is unreadable or contradicts what else is known. Never a silent start from the beginning."""
 
 
 class SessionError(RowmillError):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, Literal
 
 from ..state.errors import ConfigError
 
@@ -25,6 +25,13 @@ class WorkerOptions:
         drain_timeout: how long rows in work may take to finish when the worker is asked to stop (30).
         broker_timeout: how long a step of a transaction may take before the partition's work is redone (30).
         stall_timeout: how long a partition may fail to commit before the worker gives up with exit code 1 (120).
+        guarantee: ``exactly_once``, or ``at_least_once``: results flow as rows complete, for latency; after a crash
+            some may appear again, and tables and context may count them twice.
+        state_dir: the folder for tables, of which each worker takes a part of its own; None: ``state`` in the embedded
+            broker's folder, else ``.rowmill/state``.
+        table_cache_bytes: memory for reading and writing tables, in the whole worker (64 MiB).
+        max_deaths: how often a row may be in work while its process dies, before it becomes a dead letter unrun (3);
+            0: never.
         create_topics: whether missing sources, sinks and dead-letter topics are made (True).
         partitions: how many partitions topics that are made get; None: 6 on Kafka, 4 embedded.
     """
@@ -41,12 +48,21 @@ class WorkerOptions:
     drain_timeout: float = 30.0
     broker_timeout: float = 30.0
     stall_timeout: float = 120.0
+    guarantee: Literal["exactly_once", "at_least_once"] = "exactly_once"
+    state_dir: str | None = None
+    table_cache_bytes: int = 64 * 1024 * 1024
+    max_deaths: int = 3
     create_topics: bool = True
     partitions: int | None = None
 
     def __post_init__(self) -> None:
+        if self.guarantee not in {"exactly_once", "at_least_once"}:
+            raise ConfigError("guarantee", self.guarantee, "give 'exactly_once' or 'at_least_once'")
+        if self.state_dir is not None and (not isinstance(self.state_dir, str) or not self.state_dir.strip("\0")):
+            raise ConfigError("state_dir", self.state_dir, "give a folder's path")
         for field in fields(self):
-            _check(field.name, getattr(self, field.name))
+            if field.name not in {"guarantee", "state_dir"}:
+                _check(field.name, getattr(self, field.name))
 
 
 def _check(name: str, value: Any) -> None:
@@ -60,5 +76,7 @@ def _check(name: str, value: Any) -> None:
         is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
         if not is_number or not 0 <= value < float("inf") or not (value or at_least_zero):
             raise ConfigError(name, value, f"give seconds {'from' if at_least_zero else 'above'} 0")
-    elif isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ConfigError(name, value, "give a whole number from 1")
+    else:
+        least = 0 if name == "max_deaths" else 1
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise ConfigError(name, value, f"give a whole number from {least}")

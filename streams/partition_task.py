@@ -1,28 +1,36 @@
 """The partition task: everything that one assigned partition owns, from its reader's position to its commits.
 
-Two loops share it. *Processing* takes records from the inbox and runs them; *committing* turns what has completed
-into a transaction every ``commit_interval``. Both stop at the first error, and whoever owns the task (the worker)
-decides what follows.
+Two loops share it. *Processing* takes records from the inbox and runs them; *committing* (``commits.py``) turns what
+has completed into commits. Both stop at the first error, and whoever owns the task (the worker) decides what follows.
 
 There are two ways of processing. Chains that only keep order anyway (plain functions; ``ordering="partition"``) run
 lot by lot, each lot completing as a whole. All others go through a :class:`~rowmill.handlers.flow.Flow`, where rows
 complete one by one in any order; the offset map tells the next owner which.
+
+After a death of the process (step 8 of DESIGN) rows are begun with care: what is about to run is noted in the
+changelog first, and rows that were in work at another death already run alone, until one that never survives is a
+dead letter unrun.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 from collections import deque
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
+from contextlib import asynccontextmanager
+from typing import Any
 
 from ..handlers.chain import Failure
-from ..handlers.flow import Flight, Flow
+from ..handlers.flow import Flight, Flow, OnDone
 from ..state.clock import Clock
 from ..state.model import Committed, Record, TopicPartition
+from .catalog import UnknownTopicsError
+from .commits import Commits
+from .delivery import Forwarder
 from .offsets import OffsetTracker, decode_map
 from .options import WorkerOptions
+from .partition_state import PartitionState
 from .processing import Batch, Effects, Processor
 from .transaction import Transactor
 
@@ -32,8 +40,11 @@ _FIRST_LOT = 64
 _SHORTEST_LOT_SECONDS = 0.02
 _FLOW_LOT = 200
 
-FlowMaker = Callable[[Callable[[Flight], None]], Flow]
-"""Makes a task's flow, given what is to be called with every row that is done."""
+FlowMaker = Callable[[OnDone, Callable[[], None]], Flow]
+"""Makes a task's flow, given what is to be called with every row that is done, and at an error of the flow's own."""
+
+PROCESS_STAGE = "process"
+"""Stands for the whole chain in dead letters: the row was in work each time when its process died."""
 
 
 class InFlight:
@@ -72,31 +83,20 @@ class InFlight:
         self._waiting.append(event)
 
 
-class _Pending:
-    """What has completed since the last transaction."""
-
-    __slots__ = ("bytes", "effects", "flights", "rows", "since")
-
-    def __init__(self) -> None:
-        self.effects = Effects()
-        self.flights: list[Flight] = []
-        self.rows = 0
-        self.bytes = 0
-        self.since: float | None = None
-
-
 class PartitionTask:
     """One partition during one assignment.
 
     Args:
         tp: the partition.
-        transactor: its transactions.
-        processor: its rows.
+        delivery: how results are committed.
+        state: its tables and context.
+        make_processor: makes what runs its rows, once the tables are open.
         make_flow: for chains whose rows complete in any order; None for those that keep the partition's order.
         in_flight: the worker's caps.
+        alone: held while a row runs that may have killed its process before; the worker's.
         options: sizes and times.
         clock: time.
-        on_commit: told of the effects of each committed transaction, and of the time it took in seconds.
+        on_commit: told of the effects of each commit, and of the time it took in seconds.
         on_change: called whenever the worker may have something to do: room for rows, or progress.
     """
 
@@ -104,43 +104,45 @@ class PartitionTask:
         self,
         tp: TopicPartition,
         *,
-        transactor: Transactor,
-        processor: Processor,
+        delivery: Transactor | Forwarder,
+        state: PartitionState,
+        make_processor: Callable[[], Processor],
         make_flow: FlowMaker | None,
         in_flight: InFlight,
+        alone: asyncio.Lock,
         options: WorkerOptions,
         clock: Clock,
         on_commit: Callable[[TopicPartition, Effects, float], None],
         on_change: Callable[[], None],
     ) -> None:
         self.tp = tp
-        self._transactor = transactor
-        self._processor = processor
-        self._flow = make_flow(self._finished) if make_flow is not None else None
+        self._delivery = delivery
+        self._state = state
+        self._make_processor = make_processor
+        self._flow = make_flow(self._finished, self._wake) if make_flow is not None else None
         self._in_flight = in_flight
+        self._alone = alone
         self._options = options
         self._clock = clock
-        self._on_commit = on_commit
+        self._told_of_commits = on_commit
         self._on_change = on_change
 
+        self._processor: Processor
+        self._commits: Commits
         self._tracker = OffsetTracker(decode_map(Committed(0)))
         self._inbox: deque[Sequence[Record]] = deque()
         self._arrived = asyncio.Event()
         self._position = 0  # where the reader stands: everything before it was offered, or is a gap
-        self._lot = processor.least_rows if processor.awaits else max(_FIRST_LOT, processor.least_rows)
+        self._lot = 1
         self._lot_in_work = False
         self._buffered_rows = 0  # taken from the reader and not yet committed
         self._buffered_bytes = 0
         self._flying_rows = 0
         self._flying_bytes = 0
         self._room = asyncio.Event()
+        self._careful_until = 0  # below this offset, rows are begun with care
 
-        self._pending = _Pending()
-        self._committing = False
-        self._changed = asyncio.Event()  # something is pending, or nothing more will be
-        self._due = asyncio.Event()  # it cannot wait for commit_interval
         self._draining = False
-        self._processed = False
         self.running = False
         self.has_committed = False
         """Whether this task, not a former one, has committed anything."""
@@ -160,7 +162,7 @@ class PartitionTask:
     @property
     def committed(self) -> int:
         """The low watermark that the group has committed; 0 before the first commit."""
-        checkpoint = self._transactor.checkpoint
+        checkpoint = self._delivery.checkpoint
         return checkpoint.offset if checkpoint else 0
 
     @property
@@ -171,10 +173,19 @@ class PartitionTask:
     @property
     def is_settled(self) -> bool:
         """Whether every row that was taken is committed."""
-        return self.running and not self._buffered_rows and self._pending.since is None
+        return self.running and not self._buffered_rows and self._commits.is_settled
+
+    @property
+    def position(self) -> int:
+        """The offset that the reader should look at next."""
+        return self._position
 
     def offer(self, records: Sequence[Record]) -> None:
-        """Take records that the reader gave, in order."""
+        """Take records that the reader gave, in order. Those it gave before, ahead of a rebalance, are left out."""
+        if records[0].offset < self._position:
+            records = [record for record in records if record.offset >= self._position]
+            if not records:
+                return
         self._inbox.append(records)
         self._position = records[-1].offset + 1
         self._buffered_rows += len(records)
@@ -188,7 +199,7 @@ class PartitionTask:
             before = self._tracker.low_watermark
             self._tracker.pass_over(self._position)
             if self._tracker.low_watermark > before:
-                self._schedule()
+                self._commits.schedule()
 
     def drain(self) -> None:
         """Take no more rows; finish those in work, commit, and end. Rows not begun are left to the next run."""
@@ -200,15 +211,35 @@ class PartitionTask:
     # --- the life of the task ----------------------------------------------------------------------------------
 
     async def open(self, first_offset: Callable[[TopicPartition], Awaitable[int]]) -> int:
-        """Fence the former owner, read the checkpoint, and tell the offset to begin at.
+        """Fence the former owner, read the checkpoint, restore, and tell the offset to begin at.
 
         Raises:
-            CheckpointError: the committed offset map cannot be read.
+            CheckpointError: the committed offset map cannot be read, or contradicts the changelog.
+            StoreError: the tables cannot be opened.
+            BrokerError: the broker does not answer.
         """
-        checkpoint = await self._transactor.open()
-        start = decode_map(checkpoint or Committed(await first_offset(self.tp)))
+        checkpoint = await self._delivery.open()
+        start = decode_map(checkpoint or Committed(0))
+        await self._state.open(checkpoint)
+        if checkpoint is None:
+            start = decode_map(Committed(await first_offset(self.tp)))
         self._tracker = OffsetTracker(start)
         self._position = start.low
+        if self._state.died and self._options.max_deaths:
+            self._careful_until = start.end + self._options.buffer_rows
+        self._processor = processor = self._make_processor()
+        self._lot = processor.least_rows if processor.learns_pace else max(_FIRST_LOT, processor.least_rows)
+        self._commits = Commits(
+            self.tp,
+            delivery=self._delivery,
+            tracker=self._tracker,
+            state=self._state,
+            processor=processor,
+            options=self._options,
+            clock=self._clock,
+            on_commit=self._committed,
+            on_change=self._on_change,
+        )
         return start.low
 
     async def run(self) -> None:
@@ -216,7 +247,7 @@ class PartitionTask:
         self.running = True
         work = self._process_flow() if self._flow is not None else self._process_lots()
         processing = asyncio.create_task(work, name=f"process {self.tp}")
-        committing = asyncio.create_task(self._commit_loop(), name=f"commit {self.tp}")
+        committing = asyncio.create_task(self._commits.run(), name=f"commit {self.tp}")
         try:
             await _until_one_fails({processing, committing})
         finally:
@@ -235,13 +266,37 @@ class PartitionTask:
             await self._flow.close()
         self._in_flight.end(self._flying_rows, self._flying_bytes)
         self._flying_rows = self._flying_bytes = 0
-        await self._transactor.close()
+        await self._delivery.close()
+        await self._state.close()
 
-    async def flush(self) -> None:
-        """Commit what has completed as soon as possible, and return when it is committed."""
-        while self.running and (self._pending.since is not None or self._committing):
-            self._due.set()
-            await self._clock.sleep(0.005)
+    async def flush(self, *, goodbye: bool = False) -> None:
+        """Commit what has completed as soon as possible, and return when it is committed.
+
+        With ``goodbye`` the partition's next owner learns that it did not die here.
+        """
+        if self.running:
+            await self._commits.flush(goodbye=goodbye)
+
+    def hold(self) -> None:
+        """Commit nothing: the partition may be somebody else's by now. Rows in work go on."""
+        if self.running:
+            self._commits.hold()
+
+    def release(self) -> None:
+        """It came straight back: commit again."""
+        if self.running:
+            self._commits.release()
+
+    def _wake(self) -> None:
+        """Have the processing loop look at the flow."""
+        self._arrived.set()
+        self._room.set()
+
+    def _committed(self, rows: int, size: int, effects: Effects, seconds: float) -> None:
+        self._buffered_rows -= rows
+        self._buffered_bytes -= size
+        self.has_committed = True
+        self._told_of_commits(self.tp, effects, seconds)
 
     # --- processing lot by lot ---------------------------------------------------------------------------------
 
@@ -255,24 +310,32 @@ class PartitionTask:
             self._lot_in_work = True
             records = self._tracker.still_to_run(taken)
             began = self._clock.monotonic()
-            effects = await self._processor.process(records) if records else Effects()
+            async with self._care(records) as condemned:
+                if condemned is not None:
+                    effects = self._processor.bury(records[0], condemned)
+                else:
+                    effects = await self._processor.process(records) if records else Effects()
             self._lot_in_work = False
-            self._pending.effects.merge(effects)
+            self._state.absorb(effects.tables)
             # With nothing further in the inbox, a gap that was told meanwhile lies behind these rows.
             drained = not self._inbox and not self._draining
             self._tracker.pass_over(self._position if drained else taken[-1].offset + 1)
-            self._complete(len(taken), _bytes(taken))
+            self._commits.add_lot(effects, len(taken), _bytes(taken))
             self._adapt(len(taken), self._clock.monotonic() - began)
-        self._end_processing()
+        self._commits.end()
 
     def _take(self, most: int) -> Sequence[Record]:
-        """The next records: as many as are there, up to ``most``."""
+        """The next records: as many as are there, up to ``most``; one that is under suspicion comes alone."""
+        if self._state.starts:
+            most = self._before_suspects(most)
         taken = self._inbox.popleft()
         while self._inbox and len(taken) < most:
             taken = [*taken, *self._inbox.popleft()]
         if len(taken) > most:
             self._inbox.appendleft(taken[most:])
             taken = taken[:most]
+        last = taken[-1]
+        self._state.saw(last.offset, last.timestamp)
         return taken
 
     def _adapt(self, rows: int, seconds: float) -> None:
@@ -284,6 +347,9 @@ class PartitionTask:
         pace = rows / max(seconds, 1e-6)
         fitting = int(pace * max(self._options.commit_interval, _SHORTEST_LOT_SECONDS))
         least = self._processor.least_rows
+        if self._processor.fixed_lots:
+            self._lot = least
+            return
         self._lot = max(least, min(fitting, self._lot * 4, self._options.fetch_rows))
 
     # --- processing row by row ---------------------------------------------------------------------------------
@@ -299,12 +365,28 @@ class PartitionTask:
                 self._in_flight.tell(self._room)
                 await self._room.wait()
             else:
-                self._begin(self._take(self._share()))
+                await self._start(self._take(self._share()))
+        await self._landed()
+        self._commits.end()
+
+    async def _landed(self) -> None:
+        """Until no row is in work."""
         while self._flying_rows:
             self._check_flow()
             self._room.clear()
             await self._room.wait()
-        self._end_processing()
+
+    async def _start(self, taken: Sequence[Record]) -> None:
+        """Begin rows; with care where one of them may have killed the process before."""
+        if taken[0].offset >= self._careful_until:
+            self._begin(taken)
+            return
+        if taken[0].offset in self._state.starts:
+            await self._landed()
+        async with self._care(taken) as condemned:
+            self._begin(taken, condemned)
+            if taken[0].offset in self._state.starts and len(taken) == 1:
+                await self._landed()
 
     def _check_flow(self) -> None:
         if self._flow is not None:
@@ -318,7 +400,7 @@ class PartitionTask:
         free = self._options.max_in_flight - self._in_flight.rows
         return max(1, min(_FLOW_LOT, free))
 
-    def _begin(self, taken: Sequence[Record]) -> None:
+    def _begin(self, taken: Sequence[Record], condemned: Failure | None = None) -> None:
         """Send rows into the flow, but those that the last owner completed, and those that are none."""
         assert self._flow is not None  # noqa: S101 - the caller is the flow's loop
         places = self._tracker.take([record.offset for record in taken])
@@ -328,9 +410,11 @@ class PartitionTask:
             running = [taken[place] for place in places]
             self._buffered_bytes -= _bytes(taken) - _bytes(running)
             taken = running
-            self._schedule()
+            self._commits.schedule()
         batch = Batch(taken)
         self._processor.decode(batch)
+        if condemned is not None:
+            batch.rows = [condemned for _ in taken]
         for i, record in enumerate(taken):
             size = len(record.value or b"")
             self._flying_rows += 1
@@ -342,78 +426,81 @@ class PartitionTask:
             else:
                 self._flow.enter(flight)
 
-    def _finished(self, flight: Flight) -> None:
-        """A row is through the chain, in whatever way."""
+    def _finished(self, flight: Flight) -> Coroutine[Any, Any, None] | None:
+        """A row is through the chain, in whatever way. What it writes to tables counts before its key goes on."""
+        if flight.context is not None and flight.context.operations:
+            try:
+                self._processor.settle(flight)
+            except UnknownTopicsError as unknown:
+                return self._finish_later(flight, unknown.names)
+        self._complete(flight)
+        return None
+
+    async def _finish_later(self, flight: Flight, topics: frozenset[str]) -> None:
+        """It emits to topics that nobody has looked up yet."""
+        await self._processor.ensure(topics)
+        later = self._finished(flight)
+        if later is not None:
+            await later
+
+    def _complete(self, flight: Flight) -> None:
         record: Record = flight.sender
         size = len(record.value or b"")
         self._flying_rows -= 1
         self._flying_bytes -= size
         self._in_flight.end(1, size)
         self._tracker.complete((record.offset,))
-        self._pending.flights.append(flight)
+        if self._state.starts:
+            self._state.starts.pop(record.offset, None)
+        self._commits.add_flight(flight, size)
         self._room.set()
-        self._complete(1, size)
 
-    # --- completing --------------------------------------------------------------------------------------------
+    # --- rows that may have killed the process -----------------------------------------------------------------
 
-    def _complete(self, rows: int, size: int) -> None:
-        """Rows are done: their effects wait for the next transaction."""
-        self._pending.rows += rows
-        self._pending.bytes += size
-        self._schedule()
+    def _before_suspects(self, most: int) -> int:
+        """How many records may be taken together: one that was in work at a death only by itself."""
+        starts, count = self._state.starts, 0
+        for records in self._inbox:
+            for record in records:
+                if record.offset in starts:
+                    return max(1, count)
+                count += 1
+                if count >= most:
+                    return most
+        return most
 
-    def _schedule(self) -> None:
-        pending = self._pending
-        if pending.since is None:
-            pending.since = self._clock.monotonic()
-            self._changed.set()
-            self._on_change()
-        if pending.rows >= self._options.commit_rows:
-            self._due.set()
+    @asynccontextmanager
+    async def _care(self, records: Sequence[Record]) -> AsyncIterator[Failure | None]:
+        """Around rows that are about to run: gives the failure of one that must not.
 
-    def _end_processing(self) -> None:
-        self._processed = True
-        self._changed.set()
-        self._due.set()
+        What is about to run is noted durably first. A row that was noted at a former death runs while no other such
+        row does in the whole worker, so that the next death tells which one it was.
+        """
+        if not records or records[0].offset >= self._careful_until:
+            yield None
+            return
+        deaths = self._state.starts.get(records[0].offset, 0)
+        if deaths >= max(1, self._options.max_deaths - 1):
+            yield _deadly(deaths + 1)
+        elif deaths:
+            async with self._alone:
+                await self._commits.note_starts(records)
+                yield None
+        else:
+            await self._commits.note_starts(records)
+            yield None
+        if self._flow is None:
+            for record in records:
+                self._state.starts.pop(record.offset, None)
 
-    # --- committing --------------------------------------------------------------------------------------------
 
-    async def _commit_loop(self) -> None:
-        while True:
-            await self._changed.wait()
-            if self._pending.since is not None:
-                await self._until_due(self._pending.since)
-                await self._commit()
-            elif self._processed:
-                return
-            else:
-                self._changed.clear()
-
-    async def _until_due(self, since: float) -> None:
-        """Wait until the oldest pending row is ``commit_interval`` old, or somebody cannot wait so long."""
-        remaining = since + self._options.commit_interval - self._clock.monotonic()
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(max(0.0, remaining)):
-                await self._due.wait()
-        if not self._processed:
-            self._due.clear()
-
-    async def _commit(self) -> None:
-        """One transaction of all that has completed. Nothing is awaited between taking it and its checkpoint."""
-        pending, self._pending = self._pending, _Pending()
-        checkpoint = self._tracker.snapshot()
-        self._committing = True
-        began = self._clock.monotonic()
-        effects = pending.effects
-        if pending.flights:
-            effects.merge(await self._processor.encode(_batch_of(pending.flights)))
-        await self._transactor.commit(effects.outputs, checkpoint)
-        self._buffered_rows -= pending.rows
-        self._buffered_bytes -= pending.bytes
-        self._committing = False
-        self.has_committed = True
-        self._on_commit(self.tp, effects, self._clock.monotonic() - began)
-        self._on_change()
+def _deadly(deaths: int) -> Failure:
+    return Failure(
+        PROCESS_STAGE,
+        "process_died",
+        f"the process died {deaths} times while this row was in work; it was not run again",
+        attempts=deaths,
+    )
 
 
 async def _until_one_fails(tasks: set[asyncio.Task[None]]) -> None:
@@ -423,14 +510,6 @@ async def _until_one_fails(tasks: set[asyncio.Task[None]]) -> None:
         done, running = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
         if any(task.cancelled() or task.exception() is not None for task in done):
             return
-
-
-def _batch_of(flights: Sequence[Flight]) -> Batch:
-    batch = Batch([flight.sender for flight in flights])
-    batch.rows = [flight.value for flight in flights]
-    contexts = [flight.context for flight in flights if flight.context is not None]
-    batch.contexts = contexts if len(contexts) == len(flights) else None
-    return batch
 
 
 def _bytes(records: Sequence[Record]) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 
@@ -12,7 +12,10 @@ from ..handlers.executors import BlockingPool
 from ..handlers.stage import Handler, Stage, make_stage
 from ..state.codec import MAX_DEPTH
 from ..state.errors import ConfigError, RowmillError
+from ..state.memory import MemoryStore
 from ..state.model import Row
+from ..state.table import TableSpec
+from ..state.tables import PartitionTables
 from .session import check_name, check_topic
 
 if TYPE_CHECKING:
@@ -75,6 +78,7 @@ class Pipeline:
         self.max_row_bytes = _whole("max_row_bytes", max_row_bytes, 1, 1 << 30)
         self.max_depth = _whole("max_depth", max_depth, 1, 200)
         self._stages: list[Stage] = []
+        self._tables: dict[str, TableSpec] = {}
 
     @property
     def stages(self) -> tuple[Stage, ...]:
@@ -136,6 +140,32 @@ class Pipeline:
         self._stages.append(stage)
         return self
 
+    def table(self, name: str, *, ttl: float | None = None) -> Pipeline:
+        """Declare a table, for handlers to use as ``ctx.table(name)``; returns the pipeline.
+
+        A table is kept per partition of the source: a row sees what rows of its own partition wrote. It lives in
+        RocksDB on the worker's disk and in a compacted changelog topic, and moves with its partition.
+
+        Args:
+            name: 1 to 80 letters, digits, ``_`` and ``-``; it stands in the changelog, so keep it when code changes.
+            ttl: seconds after which an entry is over, from the timestamp of the row that wrote it; None: never.
+
+        Raises:
+            ConfigError: an option is wrong, or the name is taken.
+        """
+        check_name("table(name)", name)
+        if name in self._tables:
+            raise ConfigError("table(name)", name, "another table has this name; give each its own")
+        if ttl is not None and (isinstance(ttl, bool) or not isinstance(ttl, (int, float)) or not 0 < ttl < 1e10):
+            raise ConfigError("table(ttl=)", ttl, "give seconds above 0, or None")
+        self._tables[name] = TableSpec(name, None if ttl is None else max(1, int(ttl * 1000)))
+        return self
+
+    @property
+    def tables(self) -> Mapping[str, TableSpec]:
+        """The declared tables by name."""
+        return self._tables
+
     def chain(self) -> Chain:
         """The compiled stages.
 
@@ -148,7 +178,8 @@ class Pipeline:
         """One row through all stages, here and now, without any broker: for tests and for trying things out.
 
         Returns:
-            Its results: none if it was dropped. Rows given to ``ctx.emit`` are not among them.
+            Its results: none if it was dropped. Rows given to ``ctx.emit`` are not among them. Tables are empty, and
+            forgotten afterwards.
 
         Raises:
             RowmillError: the row failed, with the stage and the reason.
@@ -157,7 +188,8 @@ class Pipeline:
 
         rows: list[Outcome] = [dict(row)]
         key_bytes(key)
-        context = RowContext(self.sources[0], 0, 0, 0, key, (), "process")
+        tables = PartitionTables(MemoryStore(), self._tables)
+        context = RowContext(self.sources[0], 0, 0, 0, key, (), "process", lambda _: tables.view(tables, 0))
 
         async def run() -> None:
             pool = BlockingPool(1)

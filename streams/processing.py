@@ -7,16 +7,22 @@ joins the batch's effects only when the whole row is sound (law 3).
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, NamedTuple
 
 from ..handlers.chain import Chain, Failure, Outcome
-from ..handlers.context import Emit, RowContext
+from ..handlers.context import NO_COST, Emit, RowContext, TablesOpener
 from ..handlers.executors import BlockingPool
+from ..handlers.flow import Flight
 from ..state.clock import Clock, SystemClock
 from ..state.codec import decode, encode
+from ..state.context import sum_costs
 from ..state.errors import BadRowError, ConfigError
 from ..state.model import RESERVED_PREFIX, Headers, Outgoing, Record, TopicPartition
+from ..state.table import RowTables, Source
+from ..state.tables import Layer, PartitionTables, TableUpdateError
 from .catalog import Catalog, UnknownTopicsError
 from .dead_letters import dead_letter
 from .errors import TopicError
@@ -30,6 +36,8 @@ INPUT_STAGE = "input"
 """Stands for decoding in dead letters: the row never reached a stage."""
 OUTPUT_STAGE = "output"
 """Stands for encoding in dead letters: every stage was fine, but the result cannot be written."""
+TABLES_STAGE = "tables"
+"""Stands for a table's ``update`` in dead letters: it raised when the row completed."""
 
 _AHEAD_MS = 60_000
 _RECORD_OVERHEAD = 2_048  # our own headers, lengths and the batch's head, generously
@@ -38,7 +46,7 @@ _RECORD_OVERHEAD = 2_048  # our own headers, lengths and the batch's head, gener
 class Effects:
     """What completed rows do to the outside: records by output partition, in the rows' order, and counts."""
 
-    __slots__ = ("dead_letters", "dropped", "emitted", "outputs", "results", "rows")
+    __slots__ = ("cost", "dead_letters", "dropped", "emitted", "outputs", "results", "rows", "tables", "tokens")
 
     def __init__(self) -> None:
         self.outputs: dict[TopicPartition, list[Outgoing]] = {}
@@ -47,6 +55,10 @@ class Effects:
         self.dropped = 0
         self.dead_letters = 0
         self.emitted = 0
+        self.cost = NO_COST
+        self.tokens = 0
+        self.tables: Layer | None = None
+        """What the rows of a lot wrote to tables; not merged, but absorbed when the lot is done."""
 
     def merge(self, other: Effects) -> None:
         """Add what came after."""
@@ -59,6 +71,16 @@ class Effects:
         self.dropped += other.dropped
         self.dead_letters += other.dead_letters
         self.emitted += other.emitted
+        self.cost = sum_costs(self.cost, other.cost)
+        self.tokens += other.tokens
+
+
+class Placed(NamedTuple):
+    """A row's records, ready to go; made before the commit for rows that write to tables."""
+
+    results: int
+    emitted: int
+    records: Sequence[tuple[TopicPartition, Outgoing]]
 
 
 class Batch:
@@ -83,6 +105,7 @@ class Processor:
         catalog: partition counts of topics; source, sink and dead-letter topic are known to it already.
         pool: threads for blocking work.
         clock: the time; brokers refuse records from the future.
+        tables: the partition's tables, where the pipeline has any.
     """
 
     def __init__(
@@ -94,7 +117,10 @@ class Processor:
         catalog: Catalog,
         pool: BlockingPool,
         clock: Clock | None = None,
+        tables: PartitionTables | None = None,
     ) -> None:
+        self._tables = tables
+        self._row_by_row = chain.is_sync and len(chain.segments) == 1 and chain.stages[0].batch is None
         self._pipeline = pipeline
         self._chain = chain
         self._session = session
@@ -121,9 +147,14 @@ class Processor:
         return max((stage.batch or 1 for stage in self._chain.stages), default=1)
 
     @property
-    def awaits(self) -> bool:
-        """Whether the chain has stages that are awaited one row after the other: their pace has to be learnt."""
-        return not self._chain.is_sync
+    def learns_pace(self) -> bool:
+        """Whether lots should begin small: stages that are awaited one row after the other may be slow."""
+        return not self._chain.is_sync or self.fixed_lots
+
+    @property
+    def fixed_lots(self) -> bool:
+        """Whether lots must stay at ``least_rows``, because rows of one lot do not see each other's table writes."""
+        return self._tables is not None and not self._row_by_row
 
     async def process(self, records: Sequence[Record]) -> Effects:
         """The effects of these records, all of them, in order. Only a bug or cancellation raises.
@@ -132,31 +163,92 @@ class Processor:
             BrokerError: topics that rows are emitted to cannot be looked up.
         """
         batch = Batch(records)
+        lot = _Lot(self, batch, self._tables, self._row_by_row) if self._tables and self._chain.takes_context else None
         if self._chain.is_sync:
-            effects = await self._pool.run(self._decode_and_run, batch)
-            return effects if isinstance(effects, Effects) else await self.encode(batch, effects)
-        self.decode(batch)
-        await self._chain.run(batch.rows, batch.contexts, self._pool)
-        return await self.encode(batch)
+            effects = await self._pool.run(self._decode_and_run, batch, lot)
+        else:
+            self.decode(batch, lot)
+            await self._chain.run(batch.rows, batch.contexts, self._pool)
+            effects = await self._pool.run(self._settle_and_encode, batch, lot)
+        while not isinstance(effects, Effects):
+            await self._catalog.ensure(effects.names)
+            effects = await self._pool.run(self._settle_and_encode, batch, lot)
+        effects.tables = lot.layer if lot else None
+        return effects
 
-    async def encode(self, batch: Batch, unknown: UnknownTopicsError | None = None) -> Effects:
+    async def encode(self, batch: Batch) -> Effects:
         """The effects of a batch that ran; topics that rows are emitted to are looked up on the way."""
         while True:
-            if unknown is not None:
-                await self._catalog.ensure(unknown.names)
             effects = await self._pool.run(self._encode, batch)
             if isinstance(effects, Effects):
                 return effects
-            unknown = effects
+            await self._catalog.ensure(effects.names)
 
-    def _decode_and_run(self, batch: Batch) -> Effects | UnknownTopicsError:
-        self.decode(batch)
+    def settle(self, flight: Flight) -> None:
+        """As :meth:`settle_row`, for a row of a flow."""
+        batch = Batch([flight.sender])
+        batch.rows = [flight.value]
+        batch.contexts = [flight.context] if flight.context is not None else None
+        if self._tables is not None:
+            self.settle_row(batch, 0, self._tables)
+        flight.value = batch.rows[0]
+
+    async def ensure(self, topics: frozenset[str]) -> None:
+        """Look topics up that rows are emitted to."""
+        await self._catalog.ensure(topics)
+
+    def bury(self, record: Record, failure: Failure) -> Effects:
+        """The effects of a record that is not run."""
+        effects = Effects()
+        effects.rows = 1
+        self._bury(effects, record, failure)
+        return effects
+
+    def settle_row(self, batch: Batch, place: int, into: Layer) -> None:
+        """Let a row that is through the chain write to its tables, or make it a failure.
+
+        Its records are made first: what cannot be written as a result must leave nothing in a table.
+
+        Raises:
+            UnknownTopicsError: look these up and try again.
+        """
+        context, outcome = batch.contexts[place] if batch.contexts else None, batch.rows[place]
+        if context is None or not context.operations or context.placed or isinstance(outcome, Failure):
+            return
+        try:
+            placed = self._placed(batch.records[place], outcome, context)
+            into.settle(context.operations)
+        except TableUpdateError as error:
+            batch.rows[place] = Failure(TABLES_STAGE, "table_update", str(error))
+        except BadRowError as error:
+            batch.rows[place] = Failure(OUTPUT_STAGE, error.kind, str(error))
+        except (TopicError, ConfigError) as error:
+            batch.rows[place] = Failure(OUTPUT_STAGE, "topic_refused", str(error))
+        else:
+            context.placed = placed
+            if self._tables:
+                self._tables.pass_time(min(batch.records[place].timestamp, self._clock.now_ms()))
+
+    def _decode_and_run(self, batch: Batch, lot: _Lot | None) -> Effects | UnknownTopicsError:
+        self.decode(batch, lot)
         self._chain.run_sync(batch.rows, batch.contexts)
+        return self._settle_and_encode(batch, lot)
+
+    def _settle_and_encode(self, batch: Batch, lot: _Lot | None) -> Effects | UnknownTopicsError:
+        try:
+            if lot is not None:
+                lot.settle(len(batch.records))
+        except UnknownTopicsError as unknown:
+            return unknown
         return self._encode(batch)
+
+    def look_up(self, names: frozenset[str], loop: asyncio.AbstractEventLoop) -> None:
+        """Look topics up from a thread, while its lot cannot go on without."""
+        asyncio.run_coroutine_threadsafe(self._catalog.ensure(names), loop).result()
 
     # --- in --------------------------------------------------------------------------------------------------
 
-    def decode(self, batch: Batch) -> None:
+    def decode(self, batch: Batch, lot: _Lot | None = None) -> None:
         """Fill in rows, or failures for records that are none, and contexts where the chain wants them."""
         pipeline = self._pipeline
         max_bytes, max_depth = pipeline.max_row_bytes, pipeline.max_depth
@@ -173,9 +265,20 @@ class Processor:
                 rows.append(Failure(INPUT_STAGE, error.kind, str(error)))
         batch.rows = rows
         if self._chain.takes_context:
-            batch.contexts = [self._context(record, text_keys) for record in batch.records]
+            batch.contexts = [
+                self._context(record, text_keys, self._opener(record, place, lot) if self._tables else None)
+                for place, record in enumerate(batch.records)
+            ]
 
-    def _context(self, record: Record, text_keys: bool) -> RowContext:
+    def _opener(self, record: Record, place: int, lot: _Lot | None) -> TablesOpener:
+        return partial(lot.view, place) if lot else partial(self.view, record)
+
+    def view(self, record: Record, _: object = None, source: Source | None = None) -> RowTables:
+        """A row's tables. What it writes is as old as the row, unless that is in the future."""
+        assert self._tables is not None  # noqa: S101 - only asked for where the pipeline has tables
+        return self._tables.view(source or self._tables, min(record.timestamp, self._clock.now_ms()))
+
+    def _context(self, record: Record, text_keys: bool, open_tables: TablesOpener | None) -> RowContext:
         key: str | bytes | None = record.key
         if text_keys and record.key is not None:
             key = record.key.decode("utf-8", "replace")  # a bad key's row runs through no stage
@@ -187,6 +290,7 @@ class Processor:
             key,
             _foreign(record.headers) if record.headers else (),
             self._session.id,
+            open_tables,
         )
 
     # --- out -------------------------------------------------------------------------------------------------
@@ -227,26 +331,40 @@ class Processor:
         return effects
 
     def _encode_row(self, effects: Effects, record: Record, outcome: Outcome, context: RowContext | None) -> None:
-        """Any row: its results and side outputs together, or its dead letter."""
+        """Any row: its results and side outputs together, or its dead letter. What it cost counts in any case."""
+        placed: Placed | None = context.placed if context else None
+        if placed is None:
+            placed = self._place_or_bury(effects, record, outcome, context)
+        if placed is not None:
+            for target, out in placed.records:
+                effects.outputs.setdefault(target, []).append(out)
+            effects.results += placed.results
+            effects.emitted += placed.emitted
+            effects.dropped += not placed.results
+        if context is not None and (context.cost or context.tokens):
+            effects.cost = sum_costs(effects.cost, context.cost)
+            effects.tokens += context.tokens
+
+    def _place_or_bury(
+        self, effects: Effects, record: Record, outcome: Outcome, context: RowContext | None
+    ) -> Placed | None:
         if isinstance(outcome, Failure) and (outcome.kind != "null_value" or self._pipeline.tombstones != "forward"):
             self._bury(effects, record, outcome)
-            return
-        results = outcome if isinstance(outcome, list) else [] if outcome is None else [outcome]
-        emitted = context.emitted if context else []
+            return None
         try:
-            placed = [self._result(record, context, ordinal, row) for ordinal, row in enumerate(results)]
-            placed += [self._emit(record, emit, len(results) + i) for i, emit in enumerate(emitted)]
+            return self._placed(record, outcome, context)
         except BadRowError as error:
             self._bury(effects, record, Failure(OUTPUT_STAGE, error.kind, str(error)))
-            return
         except (TopicError, ConfigError) as error:
             self._bury(effects, record, Failure(OUTPUT_STAGE, "topic_refused", str(error)))
-            return
-        for target, out in placed:
-            effects.outputs.setdefault(target, []).append(out)
-        effects.results += len(results)
-        effects.emitted += len(emitted)
-        effects.dropped += not results
+        return None
+
+    def _placed(self, record: Record, outcome: Outcome, context: RowContext | None) -> Placed:
+        results = outcome if isinstance(outcome, list) else [] if outcome is None else [outcome]
+        emitted = context.emitted if context else []
+        records = [self._result(record, context, ordinal, row) for ordinal, row in enumerate(results)]
+        records += [self._emit(record, emit, len(results) + i) for i, emit in enumerate(emitted)]
+        return Placed(len(results), len(emitted), records)
 
     def _result(
         self, record: Record, context: RowContext | None, ordinal: int, row: object
@@ -297,6 +415,38 @@ class Processor:
         letter = letter._replace(timestamp=min(letter.timestamp, self._clock.now_ms()))
         effects.outputs.setdefault(self._dead_letters, []).append(letter)
         effects.dead_letters += 1
+
+
+class _Lot:
+    """What the rows of one lot write to tables, while it runs on a thread.
+
+    Where each row runs through the whole chain before the next one, a row reads what those before it wrote: they
+    are settled when it first looks. In other chains the rows of a lot are concurrent: none sees another's writes.
+    """
+
+    def __init__(self, processor: Processor, batch: Batch, tables: PartitionTables, row_by_row: bool) -> None:
+        self._processor = processor
+        self._batch = batch
+        self._row_by_row = row_by_row
+        self._loop = asyncio.get_running_loop()
+        self._settled = 0
+        self.layer = Layer(tables)
+
+    def view(self, place: int, _: object) -> RowTables:
+        """The tables of the row at that place."""
+        while self._row_by_row:
+            try:
+                self.settle(place)
+                break
+            except UnknownTopicsError as unknown:
+                self._processor.look_up(unknown.names, self._loop)
+        return self._processor.view(self._batch.records[place], source=self.layer)
+
+    def settle(self, until: int) -> None:
+        """Settle the rows before that place."""
+        while self._settled < until:
+            self._processor.settle_row(self._batch, self._settled, self.layer)
+            self._settled += 1
 
 
 def _foreign(headers: Headers) -> Headers:

@@ -7,25 +7,10 @@ from datetime import datetime, timedelta
 from decimal import Decimal
 from typing import TYPE_CHECKING, Any
 
+from ..state.stats import ProcessingStats as ProcessingStats  # noqa: PLC0414 - exported again
+
 if TYPE_CHECKING:
     import pandas as pd  # noqa: TID251 - for the type only
-
-
-@dataclass(frozen=True, slots=True)
-class ProcessingStats:
-    """Row counts and speed of a session.
-
-    Every input row is in exactly one of ``processed_rows`` (at least one result), ``skipped_rows`` (dropped on
-    purpose) and ``failed_rows`` (a dead letter); together they are ``total_rows``.
-    """
-
-    total_rows: int
-    processed_rows: int
-    failed_rows: int
-    skipped_rows: int
-    results: int
-    rows_per_second: float
-    total_duration_seconds: float
 
 
 @dataclass(frozen=True, slots=True)

@@ -92,6 +92,10 @@ class Session:
         """The dead-letter topic."""
         return self.output(f"{self.pipeline}.dlq")
 
+    def changelog(self, source: str) -> str:
+        """The changelog topic of one source (a topic as it is read): context and tables of its partitions."""
+        return f"{self.group}.{source}.changelog"
+
     def transactional_id(self, tp: TopicPartition) -> str:
         """The producer id of one input partition: by group, so that sessions never fence each other."""
         return f"{self.group}/{tp}"

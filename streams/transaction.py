@@ -60,8 +60,12 @@ class Transactor:
         self.checkpoint = await self._read()
         return self.checkpoint
 
-    async def commit(self, outputs: Mapping[TopicPartition, Sequence[Outgoing]], checkpoint: Committed) -> None:
+    async def commit(
+        self, outputs: Mapping[TopicPartition, Sequence[Outgoing]], checkpoint: Committed
+    ) -> dict[TopicPartition, int]:
         """Write the outputs and move the checkpoint, together and once.
+
+        Returns, by partition written to, the offset behind the last record, as far as the broker told.
 
         A failed attempt is never repeated blindly: the checkpoint is read again through a new producer. If it
         has not moved, the same effects are sent again; if it is the intended one, the commit had succeeded.
@@ -74,9 +78,10 @@ class Transactor:
         """
         give_up = self._clock.monotonic() + self._options.stall_timeout
         pause = _FIRST_PAUSE
+        ends: dict[TopicPartition, int] = {}
         while True:
             try:
-                await self._attempt(outputs, checkpoint)
+                ends = await self._attempt(outputs, checkpoint)
             except BrokerError as error:
                 log.warning("%s: commit failed, reading the checkpoint again: %s", self._tp, error)
                 if await self._settled(checkpoint, give_up, error):
@@ -86,6 +91,7 @@ class Transactor:
             else:
                 break
         self.checkpoint = checkpoint
+        return ends
 
     async def close(self) -> None:
         """Drop the producer; an open transaction is settled by whoever owns the id next, or times out."""
@@ -93,16 +99,18 @@ class Transactor:
         if producer is not None:
             await producer.close()
 
-    async def _attempt(self, outputs: Mapping[TopicPartition, Sequence[Outgoing]], checkpoint: Committed) -> None:
+    async def _attempt(
+        self, outputs: Mapping[TopicPartition, Sequence[Outgoing]], checkpoint: Committed
+    ) -> dict[TopicPartition, int]:
         producer = self._producer
         if producer is None:
             raise BrokerError(f"{self._tp}: no producer")
         async with deadline(self._options.broker_timeout, f"{self._tp}: transaction"):
             await producer.begin()
-            written = await _gather([producer.send(tp, records) for tp, records in outputs.items()])
-            await _gather(written)
+            written = await gather_all([producer.send(tp, records) for tp, records in outputs.items()])
+            await gather_all(written)
             await producer.commit_offsets(self._group, {self._tp: checkpoint})
-            await producer.end()
+            return await producer.end()
 
     async def _settled(self, intended: Committed, give_up: float, cause: BrokerError) -> bool:
         """Whether a failed commit took effect after all, once a new producer has settled its transaction."""
@@ -140,7 +148,7 @@ class Transactor:
             return (await self._broker.committed(self._group, [self._tp]))[self._tp]
 
 
-async def _gather(awaitables: Sequence[object]) -> list[object]:
+async def gather_all(awaitables: Sequence[object]) -> list[object]:
     """All of them, to their ends, before the first error is raised: none may go on unwatched."""
     results = await asyncio.gather(*awaitables, return_exceptions=True)  # type: ignore[call-overload]
     for result in results:

@@ -8,17 +8,22 @@ import logging
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
+from pathlib import Path
 
+from ..handlers.chain import Chain
 from ..handlers.executors import BlockingPool
-from ..handlers.flow import Flight, Flow, Slots
+from ..handlers.flow import Flow, OnDone, Slots
 from ..state.clock import Clock, SystemClock
 from ..state.model import TopicPartition
+from ..state.store import StoreError, Stores
 from .brokers.base import AssignmentListener, Broker, Member, Moment
 from .catalog import Catalog
 from .dead_letters import HEADROOM_BYTES
 from .deadlines import deadline
+from .delivery import Forwarder
 from .errors import BrokerError, FencedError, OffsetOutOfRangeError, StalledError, TopicError
 from .options import WorkerOptions
+from .partition_state import CHANGELOG_CONFIG, PartitionState
 from .partition_task import InFlight, PartitionTask
 from .pipeline import Pipeline
 from .processing import Effects, Processor
@@ -66,6 +71,8 @@ class Worker(AssignmentListener):
         session: which execution; default: the live one.
         options: sizes and times.
         clock: time and chance.
+        stores: where tables are kept; default: RocksDB in the options' ``state_dir``.
+        pool: threads for blocking work; default: one of its own.
     """
 
     def __init__(
@@ -76,6 +83,8 @@ class Worker(AssignmentListener):
         session: Session | None = None,
         options: WorkerOptions | None = None,
         clock: Clock | None = None,
+        stores: Stores | None = None,
+        pool: BlockingPool | None = None,
     ) -> None:
         self.pipeline = pipeline
         self.session = session or Session(pipeline.name)
@@ -91,15 +100,22 @@ class Worker(AssignmentListener):
             partitions=self.options.partitions,
             timeout=self.options.broker_timeout,
         )
-        self._keeps_order = self._chain.is_sync or pipeline.ordering == "partition"
+        self._keeps_order = _keeps_order(pipeline, self._chain)
         blocking = sum(s.concurrency for s in pipeline.stages if not s.is_async and not s.is_plain)
-        self._pool = BlockingPool(self.options.threads + blocking)
+        self._pool = pool or BlockingPool(self.options.threads + blocking)
+        self._stores = stores
+        self._name = self._clock.token()
+        self._alone = asyncio.Lock()
+        self._changelogs: dict[str, int] = {}  # partitions of the changelog by source
         self._slots = Slots(pipeline.stages)
         self._in_flight = InFlight(self.options.max_in_flight, self.options.max_in_flight_bytes)
         self._member: Member | None = None
         self._epoch = 0
+        self._epochs: dict[TopicPartition, int] = {}
+        """The assignment that each owned partition belongs to: work of an older one is dropped."""
         self._tasks: dict[TopicPartition, PartitionTask] = {}
         self._owners: dict[TopicPartition, asyncio.Task[None]] = {}
+        self._parting: set[asyncio.Task[None]] = set()  # owners of partitions that are gone, on their way out
         self._changed = asyncio.Event()
         self._stopping = False
         self._rejoin = False
@@ -126,6 +142,8 @@ class Worker(AssignmentListener):
         finally:  # cancelled, or a bug: what is in work is given up, and runs again elsewhere
             self._stopping = True
             await self._leave()
+            if self._stores is not None:
+                self._stores.close()
             self._pool.close()
         if self._failure is not None:
             raise self._failure
@@ -157,28 +175,45 @@ class Worker(AssignmentListener):
     # --- AssignmentListener ------------------------------------------------------------------------------------
 
     def assigned(self, partitions: frozenset[TopicPartition], consecutive: bool) -> None:
-        """Start a task per partition, in a new epoch; see the port for what must not happen here."""
+        """Start a task per new partition, in a new epoch; see the port for what must not happen here.
+
+        Partitions that came straight back go on where they were: nothing in flight is lost.
+        """
+        kept = partitions & self._owners.keys() if consecutive else frozenset()
         self._epoch += 1
-        log.info("assigned %s (epoch %d)", _names(partitions), self._epoch)
-        for owner in self._owners.values():
-            owner.cancel()  # nobody revoked it: this member was evicted while it stood still
-        self._owners.clear()
-        self._tasks.clear()
-        for tp in partitions:
-            self._owners[tp] = asyncio.create_task(self._own(tp, self._epoch), name=f"own {tp}")
+        log.info("assigned %s (epoch %d; %d stayed)", _names(partitions), self._epoch, len(kept))
+        former = {tp: self._part(tp) for tp in list(self._owners) if tp not in kept}
+        for tp in sorted(partitions - kept):
+            self._epochs[tp] = self._epoch
+            owner = self._own(tp, self._epoch, former.get(tp))
+            self._owners[tp] = asyncio.create_task(owner, name=f"own {tp}")
+        for tp in sorted(kept):
+            task = self._tasks.get(tp)  # none while it opens: it begins the partition when it is ready
+            if task is not None and self._member is not None:
+                self._member.begin(tp, task.position)
+                task.release()
         self._changed.set()
 
     async def revoked(self, partitions: frozenset[TopicPartition]) -> None:
-        """Commit what has completed, for half a second at most, and drop the tasks."""
+        """Commit what has completed, for half a second at most, and commit no more until :meth:`assigned`.
+
+        Rows in work go on: most partitions come straight back.
+        """
         log.info("revoked %s", _names(partitions))
-        self._epoch += 1  # whoever is opening one of these must not go on
-        tasks = [self._tasks.pop(tp) for tp in partitions if tp in self._tasks]
-        owners = [self._owners.pop(tp) for tp in partitions if tp in self._owners]
-        await _flush(tasks)
-        for owner in owners:
-            owner.cancel()
-        if owners:
-            await asyncio.wait(owners, timeout=_REVOKE_SECONDS)
+        tasks = [self._tasks[tp] for tp in sorted(partitions) if tp in self._tasks]
+        await _flush(tasks, goodbye=True)
+        for task in tasks:
+            task.hold()
+
+    def _part(self, tp: TopicPartition) -> asyncio.Task[None]:
+        """Give a partition up: its owner is cancelled, and lets go of producer and store on its way out."""
+        self._epochs.pop(tp, None)
+        self._tasks.pop(tp, None)
+        owner = self._owners.pop(tp)
+        owner.cancel()
+        self._parting.add(owner)
+        owner.add_done_callback(self._parting.discard)
+        return owner
 
     # --- starting ----------------------------------------------------------------------------------------------
 
@@ -191,6 +226,27 @@ class Worker(AssignmentListener):
             [self.session.dead_letters], config={"max.message.bytes": str(room)}, partitions=max(counts)
         )
 
+        await self._prepare_changelogs({source: self._catalog.partitions(source) for source in self._sources})
+
+    async def _prepare_changelogs(self, partitions: Mapping[str, int]) -> None:
+        """Changelogs have the partitions of their sources, also when those grow."""
+        await self._catalog.require_own(
+            {self.session.changelog(source): count for source, count in partitions.items()},
+            CHANGELOG_CONFIG,
+            may_grow=not self.pipeline.tables,
+        )
+        self._changelogs |= partitions
+
+    def _open_stores(self) -> Stores | None:
+        """Where tables are kept; nothing is made on disk for a pipeline without any."""
+        if self.pipeline.tables and self._stores is None:
+            from ..state.rocksdb import RocksStores
+
+            self._stores = RocksStores(
+                state_folder(self.options, self._broker), cache_bytes=self.options.table_cache_bytes
+            )
+        return self._stores
+
     async def _join(self) -> None:
         self._rejoin = False
         self._member = self._broker.member(self.session.group, self._sources)
@@ -198,53 +254,80 @@ class Worker(AssignmentListener):
 
     # --- one partition -----------------------------------------------------------------------------------------
 
-    async def _own(self, tp: TopicPartition, epoch: int) -> None:
+    async def _own(self, tp: TopicPartition, epoch: int, former: asyncio.Task[None] | None) -> None:
         """Run a partition's task, from step 2 again after an error that a fresh look can mend."""
-        pause, stall = _FIRST_PAUSE, self.options.stall_timeout
-        give_up = self._clock.monotonic() + stall
-        while not self._stopping and epoch == self._epoch:
+        if former is not None:  # it holds the store
+            await asyncio.wait({former}, timeout=self.options.broker_timeout)
+        patience = _Patience(self._clock, self.options.stall_timeout)
+        while not self._stopping and self._epochs.get(tp) == epoch:
             task = self._make_task(tp)
-            began = self._clock.monotonic()
+            patience.begin()
             try:
-                offset = await task.open(self._first_offset)
-                if epoch != self._epoch or self._member is None:
-                    return
-                self._tasks[tp] = task
-                self._member.begin(tp, offset)
-                self._changed.set()
-                await task.run()
-            except FencedError as error:
-                log.warning("%s; joining the group again", error)
-                self._rejoin = True
-                self._changed.set()
-                return
-            except (BrokerError, CheckpointMovedError) as error:
-                now = self._clock.monotonic()
-                if task.has_committed or now - began > stall:
-                    pause, give_up = _FIRST_PAUSE, now + stall  # it worked for a while: this trouble is a new one
-                if now > give_up:
-                    self._fail(StalledError(f"{tp}: no progress for {stall:g} s: {error}"))
-                    return
-                log.warning("%s: starting the partition again: %s", tp, error)
-            except asyncio.CancelledError:
-                raise
-            except BaseException as error:  # noqa: BLE001 - it must reach the caller of run()
-                self._fail(error)
-                return
-            else:
-                return
+                trouble = await self._run_task(task, epoch)
             finally:
                 if self._tasks.get(tp) is task:
                     del self._tasks[tp]
                 await task.close()
-            await self._clock.sleep(pause * (0.5 + self._clock.random() / 2))
-            pause = min(pause * 2, _LONGEST_PAUSE)
+            if trouble is None:
+                return
+            if patience.is_over(worked=task.has_committed):
+                self._fail(StalledError(f"{tp}: no progress for {self.options.stall_timeout:g} s: {trouble}"))
+                return
+            log.warning("%s: starting the partition again: %s", tp, trouble)
+            if isinstance(trouble, StoreError) and trouble.damaged:
+                await self._set_aside(tp)
+            await patience.pause()
+
+    async def _run_task(self, task: PartitionTask, epoch: int) -> BaseException | None:
+        """Run a task to its end; gives the error that a fresh look can mend, None if nothing is left to do."""
+        tp = task.tp
+        try:
+            if tp.partition >= self._changelogs[tp.topic]:
+                await self._prepare_changelogs({tp.topic: tp.partition + 1})
+            offset = await task.open(self._first_offset)
+            if self._epochs.get(tp) != epoch or self._member is None:
+                return None
+            self._tasks[tp] = task
+            self._member.begin(tp, offset)
+            self._changed.set()
+            await task.run()
+        except FencedError as error:
+            if self.options.guarantee == "at_least_once":
+                return error
+            log.warning("%s; joining the group again", error)
+            self._rejoin = True
+            self._changed.set()
+        except (BrokerError, CheckpointMovedError, StoreError) as error:
+            return error
+        except asyncio.CancelledError:
+            raise
+        except BaseException as error:  # noqa: BLE001 - it must reach the caller of run()
+            self._fail(error)
+        return None
+
+    async def _set_aside(self, tp: TopicPartition) -> None:
+        stores = self._stores
+        if stores is not None:
+            place = await self._pool.run(stores.set_aside, self.session.group, tp)
+            log.warning("%s: the local tables are damaged; they lie in %s now and are restored", tp, place)
 
     def _make_task(self, tp: TopicPartition) -> PartitionTask:
+        state = PartitionState(
+            self._broker,
+            self.session,
+            tp,
+            self.pipeline.tables,
+            self._open_stores(),
+            self.options,
+            self._pool,
+            self._clock,
+            self._name,
+        )
         return PartitionTask(
             tp,
-            transactor=Transactor(self._broker, self.session, tp, self.options, self._clock),
-            processor=Processor(
+            delivery=self._make_delivery(tp),
+            state=state,
+            make_processor=lambda: Processor(
                 self.pipeline,
                 self._chain,
                 self.session,
@@ -252,21 +335,29 @@ class Worker(AssignmentListener):
                 self._catalog,
                 self._pool,
                 self._clock,
+                state.tables,
             ),
             make_flow=None if self._keeps_order else self._make_flow,
             in_flight=self._in_flight,
+            alone=self._alone,
             options=self.options,
             clock=self._clock,
             on_commit=self._on_commit,
             on_change=self._changed.set,
         )
 
-    def _make_flow(self, on_done: Callable[[Flight], None]) -> Flow:
+    def _make_delivery(self, tp: TopicPartition) -> Transactor | Forwarder:
+        if self.options.guarantee == "exactly_once":
+            return Transactor(self._broker, self.session, tp, self.options, self._clock)
+        return Forwarder(self._broker, self.session, tp, self.options, lambda: self._member)
+
+    def _make_flow(self, on_done: OnDone, on_error: Callable[[], None]) -> Flow:
         return Flow(
             self._chain,
             self._pool,
             self._slots,
             on_done,
+            on_error,
             by_key=self.pipeline.ordering == "key",
             linger=self.options.linger,
         )
@@ -412,21 +503,69 @@ class Worker(AssignmentListener):
 
     async def _leave(self) -> None:
         self._epoch += 1
-        owners, self._owners = list(self._owners.values()), {}
-        for owner in owners:
-            owner.cancel()
-        if owners:
-            await asyncio.wait(owners, timeout=self.options.broker_timeout)
+        for tp in list(self._owners):
+            self._part(tp)
+        if self._parting:
+            await asyncio.wait(self._parting, timeout=self.options.broker_timeout)
         member, self._member = self._member, None
         if member is not None:
             await member.leave()
 
 
-async def _flush(tasks: Iterable[PartitionTask]) -> None:
+class _Patience:
+    """How long a partition's trouble may last, and the growing pauses between attempts.
+
+    Args:
+        clock: time.
+        stall: seconds after which it is over.
+    """
+
+    def __init__(self, clock: Clock, stall: float) -> None:
+        self._clock = clock
+        self._stall = stall
+        self._pause = _FIRST_PAUSE
+        self._until = self._began = clock.monotonic() + stall
+
+    def begin(self) -> None:
+        """An attempt begins."""
+        self._began = self._clock.monotonic()
+
+    def is_over(self, *, worked: bool) -> bool:
+        """Whether to give up, after an attempt failed. One that worked for a while made this trouble a new one."""
+        now = self._clock.monotonic()
+        if worked or now - self._began > self._stall:
+            self._pause, self._until = _FIRST_PAUSE, now + self._stall
+        return now > self._until
+
+    async def pause(self) -> None:
+        """Wait a little, each time longer."""
+        await self._clock.sleep(self._pause * (0.5 + self._clock.random() / 2))
+        self._pause = min(self._pause * 2, _LONGEST_PAUSE)
+
+
+def state_folder(options: WorkerOptions, broker: Broker) -> Path:
+    """Where a worker keeps tables: the option, else a folder beside the embedded broker's files, else one of ours."""
+    if options.state_dir is not None:
+        return Path(options.state_dir)
+    return broker.folder / "state" if broker.folder is not None else Path(".rowmill/state")
+
+
+def _keeps_order(pipeline: Pipeline, chain: Chain) -> bool:
+    """Whether rows run lot by lot, in order.
+
+    Chains of plain functions keep it at no cost; with tables, though, a row must see what the rows before it wrote,
+    so there only if each row runs through the whole chain before the next.
+    """
+    if pipeline.ordering == "partition" or not pipeline.tables:
+        return pipeline.ordering == "partition" or chain.is_sync
+    return chain.is_sync and len(chain.segments) == 1 and chain.stages[0].batch is None
+
+
+async def _flush(tasks: Iterable[PartitionTask], *, goodbye: bool = False) -> None:
     """Commit what has completed in these, for half a second at most."""
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(_REVOKE_SECONDS):
-            await asyncio.gather(*(task.flush() for task in tasks))
+            await asyncio.gather(*(task.flush(goodbye=goodbye) for task in tasks))
 
 
 def _names(partitions: frozenset[TopicPartition]) -> str:

@@ -10,9 +10,11 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal, Protocol, TypeAlias
 
 from ...state.model import Committed, Outgoing, Record, TopicPartition
+from ..errors import TopicError
 
 Moment: TypeAlias = "Literal['earliest', 'end', 'high_watermark'] | int"
 """A place in a log: its first record; ``end``, the end of what a reader can see now (the last stable offset);
@@ -211,6 +213,9 @@ class Broker(ABC):
     default_partitions: int
     """Partitions of a topic for which nobody asked a number."""
 
+    folder: Path | None = None
+    """Where the embedded broker keeps its files; None for brokers elsewhere."""
+
     max_message_bytes: int
     """Largest record (key, value and headers) that ``send`` can be relied on to write."""
 
@@ -248,6 +253,14 @@ class Broker(ABC):
         Raises:
             TopicError: a name or setting is refused, or creation is not allowed.
         """
+
+    async def grow_topic(self, name: str, partitions: int) -> None:
+        """Give a topic more partitions, and wait until they can be used.
+
+        Raises:
+            TopicError: refused, or this broker has no such thing.
+        """
+        raise TopicError(f"{self.url} cannot add partitions to {name!r}; it would need {partitions}")
 
     @abstractmethod
     async def delete_topics(self, names: Collection[str]) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 
 import aiokafka
 from aiokafka import errors as kafka_errors
-from aiokafka.admin import AIOKafkaAdminClient, NewTopic
+from aiokafka.admin import AIOKafkaAdminClient, NewPartitions, NewTopic
 from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
 from aiokafka.consumer.fetcher import READ_COMMITTED, PartitionRecords
 from aiokafka.coordinator.assignors.sticky.sticky_assignor import StickyPartitionAssignor
@@ -58,6 +58,7 @@ CALL_SECONDS = 30.0
 """How long one administrative call may take, its own retries included."""
 CLOSE_SECONDS = 5.0
 """How long an orderly goodbye may take before connections are simply cut."""
+_CANCELLED_CLOSE_SECONDS = 1.0
 RETRY_PAUSE = 0.1
 _HEARTBEAT_MS = 300
 _METADATA_ATTEMPTS = 20
@@ -232,6 +233,14 @@ class KafkaBroker(Broker):
             if leaders and min(leaders) >= 0 and not any(entry["error_code"] for entry in described):
                 return
             await self._clock.sleep(RETRY_PAUSE)
+
+    async def grow_topic(self, name: str, partitions: int) -> None:
+        """Add partitions up to this number."""
+        async with self._call(f"add partitions to {name}"):
+            await self._started().create_partitions({name: NewPartitions(partitions)})
+            while (await self.topics())[name].partitions < partitions:
+                await self._clock.sleep(RETRY_PAUSE)
+            await self._await_leaders([name])
 
     async def delete_topics(self, names: Collection[str]) -> None:
         """Delete, and wait until the names are gone from the metadata."""
@@ -475,7 +484,11 @@ async def _stop(goodbye: Coroutine[Any, Any, Any], client: Any) -> None:
     itself, which must not be taken for our own cancellation.
     """
     leaving = asyncio.create_task(goodbye)
-    await asyncio.wait({leaving}, timeout=CLOSE_SECONDS)
+    try:
+        await asyncio.wait({leaving}, timeout=CLOSE_SECONDS)
+    except asyncio.CancelledError:  # a connection left half closed outlives the loop: a little longer, then
+        await asyncio.wait({leaving}, timeout=_CANCELLED_CLOSE_SECONDS)
+        raise
     if leaving.done() and not leaving.cancelled() and leaving.exception() is None:
         return
     log.debug("closing without a goodbye")

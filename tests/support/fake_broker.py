@@ -255,6 +255,16 @@ class FakeBroker(Broker):
         if spec.name not in self._topics:
             self.make(spec.name, partitions, spec.config)
 
+    async def grow_topic(self, name: str, partitions: int) -> None:
+        await self.step("create", lambda: self.grow(name, partitions))
+
+    def grow(self, topic: str, partitions: int) -> None:
+        """Add partitions to a topic; members hear of it with the next rebalance."""
+        present = self._topics[topic]
+        self._topics[topic] = TopicInfo(topic, partitions, present.config)
+        for partition in range(present.partitions, partitions):
+            self._logs[TopicPartition(topic, partition)] = _Log()
+
     async def delete_topics(self, names: Collection[str]) -> None:
         for name in names:
             if name in self._topics:

@@ -25,7 +25,7 @@ ADAPTERS = {
     "marshal": set(),
     "shelve": set(),
     "faust": set(),
-    "rocksdict": set(),
+    "rocksdict": {"state/rocksdb.py"},
 }
 """Which files may import what, outside of TYPE_CHECKING. A pattern is one adapter that has outgrown one file."""
 

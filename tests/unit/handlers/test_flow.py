@@ -24,7 +24,7 @@ async def run(stages: Sequence[Any], rows: Sequence[Any], *, by_key: bool = Fals
         if len(done) == len(rows):
             finished.set()
 
-    flow = Flow(chain, pool, Slots(stages), on_done, by_key=by_key, linger=linger)
+    flow = Flow(chain, pool, Slots(stages), on_done, lambda: None, by_key=by_key, linger=linger)
     for number, row in enumerate(rows):
         key, value = row if isinstance(row, tuple) else (None, row)
         flow.enter(Flight(value, None, key, number))
@@ -93,7 +93,7 @@ async def test_slots_are_shared_between_flows() -> None:
         if not left:
             finished.set()
 
-    flows = [Flow(Chain(stages), pool, slots, on_done, by_key=False, linger=0) for _ in range(2)]
+    flows = [Flow(Chain(stages), pool, slots, on_done, lambda: None, by_key=False, linger=0) for _ in range(2)]
     for flow in flows:
         for n in range(20):
             flow.enter(Flight({"n": n}, None, None, n))
@@ -213,7 +213,7 @@ async def test_closing_cancels_what_runs() -> None:
         return row
 
     stages, pool = [make_stage(hang)], BlockingPool(1)
-    flow = Flow(Chain(stages), pool, Slots(stages), done.append, by_key=False, linger=0)
+    flow = Flow(Chain(stages), pool, Slots(stages), done.append, lambda: None, by_key=False, linger=0)
     flow.enter(Flight({"n": 1}, None, None, 1))
     async with asyncio.timeout(5):
         await entered.wait()

@@ -419,7 +419,7 @@ async def test_newer_format_is_refused(opened: Open, folder: Path) -> None:
     with sqlite3.connect(folder / "rowmill.db") as connection:
         connection.execute("PRAGMA user_version = 99")
     connection.close()
-    with pytest.raises(ConfigError, match=r"format 99, this one knows 1.*upgrade rowmill"):
+    with pytest.raises(ConfigError, match=r"format 99, this one knows 2.*upgrade rowmill"):
         await opened()
 
 

@@ -9,6 +9,7 @@ import pytest
 from rowmill.state.errors import ConfigError
 from rowmill.streams.options import WorkerOptions
 
+COUNTS_FROM_0 = ["max_deaths"]
 SECONDS_FROM_0 = ["commit_interval", "linger", "drain_timeout"]
 SECONDS = ["broker_timeout", "stall_timeout"]
 COUNTS = [
@@ -18,6 +19,7 @@ COUNTS = [
     "buffer_bytes",
     "max_in_flight",
     "max_in_flight_bytes",
+    "table_cache_bytes",
     "threads",
     "partitions",
 ]
@@ -27,6 +29,9 @@ MISTAKES: list[tuple[str, Any]] = [
     *((name, value) for name in SECONDS for value in (0, 0.0, -1, True, "1", None, float("nan"), float("inf"))),
     *((name, value) for name in COUNTS for value in (0, -1, 1.0, True, "1")),
     *((name, None) for name in COUNTS if name != "partitions"),
+    *((name, value) for name in COUNTS_FROM_0 for value in (-1, 1.0, True, "1", None)),
+    *(("guarantee", value) for value in ("at_most_once", None, 1)),
+    *(("state_dir", value) for value in ("", 1, "\0")),
     *(("create_topics", value) for value in (0, 1, None, "yes")),
 ]
 
@@ -43,10 +48,10 @@ def test_mistakes(name: str, value: Any) -> None:
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [(name, 0) for name in SECONDS_FROM_0]
+    [(name, 0) for name in SECONDS_FROM_0 + COUNTS_FROM_0]
     + [(name, 0.001) for name in SECONDS + SECONDS_FROM_0]
     + [(name, 1) for name in COUNTS + SECONDS]
-    + [("partitions", None), ("create_topics", False)],
+    + [("partitions", None), ("create_topics", False), ("guarantee", "at_least_once"), ("state_dir", "x")],
 )
 def test_smallest_values(name: str, value: Any) -> None:
     """The smallest sensible value of each option is accepted."""

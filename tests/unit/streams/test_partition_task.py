@@ -18,6 +18,7 @@ from rowmill.state.model import Committed, TopicPartition
 from rowmill.streams.catalog import Catalog
 from rowmill.streams.errors import BrokerError, FencedError, TopicError
 from rowmill.streams.options import WorkerOptions
+from rowmill.streams.partition_state import PartitionState
 from rowmill.streams.partition_task import InFlight, PartitionTask
 from rowmill.streams.processing import Effects, Processor
 from rowmill.streams.session import Session
@@ -45,7 +46,7 @@ class Bench:
 
     def __init__(self) -> None:
         self.broker = FakeBroker()
-        for topic in ("in", "out", "p.dlq"):
+        for topic in ("in", "out", "p.dlq", "rowmill.p.in.changelog"):
             self.broker.make(topic)
         self.broker.write(TP, *(dumps(row) for row in ROWS))
         self.pool = BlockingPool(1)
@@ -81,8 +82,10 @@ class Bench:
             TP,
             make_flow=None,
             in_flight=InFlight(1_000, 1 << 26),
-            transactor=Transactor(self.broker, session, TP, settings, clock),
-            processor=Processor(pipeline, pipeline.chain(), session, TP, catalog, self.pool),
+            alone=asyncio.Lock(),
+            delivery=Transactor(self.broker, session, TP, settings, clock),
+            state=PartitionState(self.broker, session, TP, {}, None, settings, self.pool, clock, "me"),
+            make_processor=lambda: Processor(pipeline, pipeline.chain(), session, TP, catalog, self.pool),
             options=settings,
             clock=clock,
             on_commit=lambda _tp, effects, _seconds: self.commits.append(effects),

@@ -309,4 +309,4 @@ async def test_offsets_alone(broker: FakeBroker, transactor: Transactor) -> None
 
 def test_every_step_is_tested() -> None:
     """A step that the fake learns to fail at is in the tables here, or belongs to somebody else."""
-    assert set(get_args(Step)) == {*STEPS, *SETTLING, "topics", "create", "look_up", "fetch", "position"}
+    assert set(get_args(Step)) == {*STEPS, *SETTLING, "topics", "create", "look_up", "fetch", "position", "commit"}

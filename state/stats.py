@@ -1,0 +1,25 @@
+"""How many rows went which way, and how fast: the figures that contexts and bounded runs report alike."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessingStats:
+    """Row counts and speed of a session.
+
+    Every row that is done is in exactly one of ``processed_rows`` (at least one result), ``skipped_rows`` (dropped on
+    purpose) and ``failed_rows`` (a dead letter); at the end they sum up to ``total_rows``.
+
+    ``results`` may be more than ``processed_rows``, for a row may have several; None where nobody counted them: an
+    ExecutionContext counts rows only. Name the arguments: ``results`` stands before the two figures of speed.
+    """
+
+    total_rows: int
+    processed_rows: int
+    failed_rows: int
+    skipped_rows: int
+    results: int | None = None
+    rows_per_second: float = 0.0
+    total_duration_seconds: float = 0.0

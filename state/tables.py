@@ -1,0 +1,266 @@
+"""The tables of one partition: a store on disk, and above it what completed since it was last written.
+
+Law 5: the store never runs ahead of the broker. Writes of completed rows are *pending*; a commit *takes* them, puts
+them in its transaction as changelog records, and only when that transaction is committed are they *written* to the
+store, in one batch with the changelog's position. Until then every read looks at pending and taken writes first.
+
+What a store holds, by the first byte of its keys: tables (their names), rowmill's own entries that the changelog
+carries as well (``.checkpoint``), and entries of this store alone (a zero byte): the position, and the index by
+which expired entries are found.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import islice
+
+from .codec import dumps, loads
+from .errors import BadRowError, RowmillError
+from .model import Outgoing, Record
+from .store import Change, Store
+from .table import (
+    Operation,
+    RowTables,
+    Source,
+    Stamped,
+    TableSpec,
+    Update,
+    is_expired,
+    restamp,
+    stamp,
+    time_of,
+    unstamp,
+)
+
+_POSITION = b"\x00position"
+_ABOUT = b"\x00about"
+_EXPIRY = b"\x00expiry/"
+_NUMBER = struct.Struct(">Q")
+_SWEEP = 500
+_SWEEP_EVERY_MS = 1_000
+_WRITE = 2_000  # records per batch: rocksdict holds the GIL while it writes one (FACTS)
+
+
+class TableUpdateError(RowmillError):
+    """A row's ``update`` raised, or gave what is no value: the row's failure."""
+
+
+class Layer(Source):
+    """Writes above a source: of the rows of one lot that are complete, while the lot goes on."""
+
+    def __init__(self, below: Source) -> None:
+        self._below = below
+        self.changes: dict[bytes, Stamped | None] = {}
+
+    def get(self, key: bytes) -> Stamped | None:
+        """The value now, or None. May be called from a thread while the event loop takes or completes writes."""
+        changes = self.changes  # one look: `take` puts another one there
+        return changes[key] if key in changes else self._below.get(key)
+
+    def scan(self, prefix: bytes) -> dict[bytes, Stamped]:
+        """All entries whose keys begin so."""
+        changes = self.changes
+        return _overlaid(self._below.scan(prefix), changes, prefix)
+
+    def settle(self, operations: Iterable[Operation]) -> None:
+        """Apply what a row that completes wanted; all of it or nothing.
+
+        Raises:
+            TableUpdateError: one of its updates cannot be worked out.
+        """
+        changes: dict[bytes, Stamped | None] = {}
+        for operation in operations:
+            key = operation.key
+            if isinstance(operation, Update):
+                present = changes[key] if key in changes else self.get(key)
+                changes[key] = _updated(operation, present)
+            else:
+                changes[key] = operation.value
+        self.changes.update(changes)
+
+
+class PartitionTables(Layer):
+    """All tables of one partition.
+
+    Args:
+        store: this partition's own.
+        specs: the pipeline's tables.
+    """
+
+    def __init__(self, store: Store, specs: Mapping[str, TableSpec]) -> None:
+        self._store = store
+        self._taken: dict[bytes, Stamped | None] = {}
+        super().__init__(_Below(store, lambda: self._taken))
+        self.specs = specs
+        self._mortal = {spec.prefix: spec for spec in specs.values() if spec.ttl_ms is not None}
+        self._now_ms = 0  # the newest row that completed; what expires is measured by it
+        self._swept_ms = 0
+
+    # --- rows --------------------------------------------------------------------------------------------------
+
+    def view(self, source: Source, time_ms: int) -> RowTables:
+        """One row's tables, reading through ``source`` (this object, or a layer above it)."""
+        return RowTables(self.specs, source, time_ms)
+
+    def absorb(self, layer: Layer) -> None:
+        """Take over what a lot's layer holds."""
+        self.changes.update(layer.changes)
+
+    def pass_time(self, time_ms: int) -> None:
+        """A row of this age completed."""
+        self._now_ms = max(self._now_ms, time_ms)
+
+    def own(self, key: bytes) -> bytes | None:
+        """The JSON of an entry of rowmill's own, whose key begins with a dot."""
+        value = self.get(key)
+        return None if value is None else value[8:]
+
+    # --- commits -----------------------------------------------------------------------------------------------
+
+    def take(self) -> dict[bytes, Stamped | None]:
+        """What is pending, for the transaction that begins now. It stays readable until :meth:`written`."""
+        self._sweep()
+        self._taken, self.changes = self.changes, {}
+        return self._taken
+
+    def written(self, position: int | None) -> None:
+        """The transaction is committed: write what was taken to the store. Blocks; not for the event loop.
+
+        Args:
+            position: the changelog's offset behind it; None if nobody knows, which costs a longer restore.
+
+        Raises:
+            StoreError: it cannot be written.
+        """
+        self._store.write(self._changes_of(self._taken.items(), position))
+
+    def forget_taken(self) -> None:
+        """The store has it."""
+        self._taken = {}
+
+    def _changes_of(self, entries: Iterable[tuple[bytes, Stamped | None]], position: int | None) -> list[Change]:
+        changes: list[Change] = list(entries)
+        if self._mortal:
+            changes += [(self._expiry(key, value), b"") for key, value in changes if self._is_mortal(key, value)]
+        if position is not None:
+            changes.append((_POSITION, _NUMBER.pack(position)))
+        return changes
+
+    # --- expiry ------------------------------------------------------------------------------------------------
+
+    def _spec_of(self, key: bytes) -> TableSpec | None:
+        return self._mortal.get(key[: key.find(b"/") + 1])
+
+    def _is_mortal(self, key: bytes, value: Stamped | None) -> bool:
+        return value is not None and self._spec_of(key) is not None
+
+    def _expiry(self, key: bytes, value: Stamped | None) -> bytes:
+        spec = self._spec_of(key)
+        assert spec is not None  # noqa: S101 - the caller asked
+        assert spec.ttl_ms is not None  # noqa: S101
+        assert value is not None  # noqa: S101
+        return _EXPIRY + _NUMBER.pack(max(0, time_of(value) + spec.ttl_ms)) + key
+
+    def _sweep(self) -> None:
+        """Delete some entries that are over. The index also holds times that entries once had: those are dropped."""
+        if not self._mortal or self._now_ms - self._swept_ms < _SWEEP_EVERY_MS:
+            return
+        self._swept_ms = self._now_ms
+        for index, _ in islice(self._store.scan(_EXPIRY), _SWEEP):
+            (due,) = _NUMBER.unpack_from(index, len(_EXPIRY))
+            if due > self._now_ms:
+                return
+            key = index[len(_EXPIRY) + 8 :]
+            value, spec = self.get(key), self._spec_of(key)
+            if value is not None and spec is not None and is_expired(spec, value, self._now_ms):
+                self.changes[key] = None
+            self.changes[index] = None
+        self._swept_ms = 0  # there may be more of them: go on with the next commit
+
+    # --- the changelog -----------------------------------------------------------------------------------------
+
+    @staticmethod
+    def records(taken: Mapping[bytes, Stamped | None], now_ms: int) -> list[Outgoing]:
+        """What was taken, as changelog records: a value carries its own time, a deletion the present."""
+        return [
+            Outgoing(
+                key, value if value is None else value[8:], now_ms if value is None else min(time_of(value), now_ms)
+            )
+            for key, value in taken.items()
+            if key[0]
+        ]
+
+    @property
+    def position(self) -> int | None:
+        """The changelog offset up to which the store is complete; None for a new store."""
+        raw = self._store.get(_POSITION)
+        return None if raw is None else int(_NUMBER.unpack(raw)[0])
+
+    def load(self, records: Sequence[Record], position: int) -> None:
+        """Write changelog records to the store, at full speed: a restore."""
+        entries = [
+            (record.key, None if record.value is None else restamp(record.value, record.timestamp))
+            for record in records
+            if record.key
+        ]
+        for begin in range(0, len(entries), _WRITE):
+            self._store.write(self._changes_of(entries[begin : begin + _WRITE], None))
+        self._store.write([(_POSITION, _NUMBER.pack(position))])
+
+    # --- what the store says of itself -------------------------------------------------------------------------
+
+    @property
+    def about(self) -> dict[str, int | dict[str, int]]:
+        """What :meth:`describe` noted, {} for a new store."""
+        raw = self._store.get(_ABOUT)
+        return {} if raw is None else dict(loads(raw))
+
+    def describe(self, now_ms: int) -> None:
+        """Note when this store was in use last, and the lifetimes that its index was made with."""
+        about = {"used_ms": now_ms, "ttl_ms": {spec.name: spec.ttl_ms for spec in self._mortal.values()}}
+        self._store.write([(_ABOUT, dumps(about))])
+
+    def close(self) -> None:
+        """Let go of the store."""
+        self._store.close()
+
+
+class _Below(Source):
+    """The store, under what a commit under way has taken."""
+
+    def __init__(self, store: Store, taken: Callable[[], Mapping[bytes, Stamped | None]]) -> None:
+        self._store = store
+        self._taken = taken
+
+    def get(self, key: bytes) -> Stamped | None:
+        taken = self._taken()
+        return taken[key] if key in taken else self._store.get(key)
+
+    def scan(self, prefix: bytes) -> dict[bytes, Stamped]:
+        taken = self._taken()
+        return _overlaid(dict(self._store.scan(prefix)), taken, prefix)
+
+
+def _overlaid(
+    below: dict[bytes, Stamped], changes: Mapping[bytes, Stamped | None], prefix: bytes
+) -> dict[bytes, Stamped]:
+    for key, value in list(changes.items()):  # a copy: another thread may complete rows meanwhile
+        if key.startswith(prefix):
+            if value is None:
+                below.pop(key, None)
+            else:
+                below[key] = value
+    return below
+
+
+def _updated(update: Update, present: Stamped | None) -> Stamped | None:
+    over = present is None or is_expired(update.spec, present, update.time_ms)
+    what = f"update of {update.key.decode(errors='replace')!r}"
+    try:
+        value = update.function(None if present is None or over else unstamp(present))
+        return None if value is None else stamp(update.spec, value, update.time_ms)
+    except (BadRowError, ValueError) as error:
+        raise TableUpdateError(f"{what}: {error}") from error
+    except Exception as error:
+        raise TableUpdateError(f"{what}: {type(error).__name__}: {error}") from error

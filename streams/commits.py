@@ -1,0 +1,253 @@
+"""What has completed in a partition, on its way into commits.
+
+*Exactly once*: all that completed since the last commit goes into one transaction every ``commit_interval``, or
+sooner when there is much of it. *At least once*: results are sent as rows complete, and every ``commit_interval`` the
+offsets of what was sent are committed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Callable, Sequence
+
+from ..handlers.flow import Flight
+from ..state.clock import Clock
+from ..state.model import Committed, Record, TopicPartition
+from .delivery import Forwarder
+from .offsets import OffsetTracker
+from .options import WorkerOptions
+from .partition_state import PartitionState
+from .processing import Batch, Effects, Processor
+from .transaction import Transactor
+
+_POLL_SECONDS = 0.005
+
+
+class _Pending:
+    """What has completed since the last commit."""
+
+    __slots__ = ("bytes", "effects", "flights", "rows", "since")
+
+    def __init__(self) -> None:
+        self.effects = Effects()
+        self.flights: list[Flight] = []
+        self.rows = 0
+        self.bytes = 0
+        self.since: float | None = None
+
+
+class Commits:
+    """A partition task's completed rows and their commits.
+
+    Args:
+        tp: the partition.
+        delivery: how they are committed.
+        tracker: the offsets; set anew when the task has opened.
+        state: tables and context.
+        processor: encodes rows of flows.
+        options: sizes and times.
+        clock: time.
+        on_commit: told of the rows and bytes that are through, of their effects, and of the seconds it took.
+        on_change: called whenever the worker may have something to do.
+    """
+
+    def __init__(
+        self,
+        tp: TopicPartition,
+        *,
+        delivery: Transactor | Forwarder,
+        tracker: OffsetTracker,
+        state: PartitionState,
+        processor: Processor,
+        options: WorkerOptions,
+        clock: Clock,
+        on_commit: Callable[[int, int, Effects, float], None],
+        on_change: Callable[[], None],
+    ) -> None:
+        self.tp = tp
+        self.tracker = tracker
+        self._delivery = delivery
+        self._state = state
+        self._processor = processor
+        self._options = options
+        self._clock = clock
+        self._on_commit = on_commit
+        self._on_change = on_change
+        self._pending = _Pending()
+        self._sent: tuple[Committed, float] | None = None  # sent and not committed: at least once only
+        self._busy = False
+        self._held = False
+        self._ended = False  # nothing more will complete
+        self._saying_stopped = False
+        self._begun = self._done = 0  # commits
+        self._committed = asyncio.Event()
+        self._changed = asyncio.Event()
+        self._due = asyncio.Event()  # it cannot wait for commit_interval
+        self._released = asyncio.Event()
+        self._released.set()
+
+    # --- what completes ----------------------------------------------------------------------------------------
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether everything that completed is committed."""
+        return self._pending.since is None and not self._busy and self._sent is None
+
+    def add_lot(self, effects: Effects, rows: int, size: int) -> None:
+        """A lot is done; its effects are worked out already."""
+        self._pending.effects.merge(effects)
+        self._count(rows, size)
+
+    def add_flight(self, flight: Flight, size: int) -> None:
+        """A row is done; its effects are worked out with the commit, on a thread."""
+        self._pending.flights.append(flight)
+        self._count(1, size)
+
+    def _count(self, rows: int, size: int) -> None:
+        self._pending.rows += rows
+        self._pending.bytes += size
+        self.schedule()
+
+    def schedule(self) -> None:
+        """There is something to commit, if only an offset."""
+        pending = self._pending
+        if pending.since is None:
+            pending.since = self._clock.monotonic()
+            self._changed.set()
+            self._on_change()
+        if pending.rows >= self._options.commit_rows:
+            self._due.set()
+
+    def end(self) -> None:
+        """Nothing more will complete: commit what there is, and say that the task stopped in order."""
+        self._ended = True
+        self._changed.set()
+        self._due.set()
+
+    async def note_starts(self, records: Sequence[Record]) -> None:
+        """Write down that these rows begin, and return when that is committed."""
+        for record in records:
+            self._state.starts[record.offset] = self._state.starts.get(record.offset, 0) + 1
+        wanted = self._begun + 1
+        self.schedule()
+        while self._done < wanted:
+            self._due.set()
+            self._committed.clear()
+            await self._committed.wait()
+
+    # --- while the group rebalances ----------------------------------------------------------------------------
+
+    async def flush(self, *, goodbye: bool) -> None:
+        """Commit what has completed as soon as possible, and return when it is committed.
+
+        With ``goodbye`` the changelog also learns that nobody died if this was the last commit of the task.
+        """
+        if goodbye and not self._state.says_stopped:
+            self._saying_stopped = True
+            self.schedule()
+        while not self.is_settled and not self._held:
+            self._due.set()
+            self._changed.set()
+            await self._clock.sleep(_POLL_SECONDS)
+
+    def hold(self) -> None:
+        """Begin no commit: the partition may be somebody else's by now, and would answer by fencing."""
+        self._held = True
+        self._released.clear()
+
+    def release(self) -> None:
+        """Go on committing."""
+        self._held = self._saying_stopped = False
+        self._released.set()
+        self._changed.set()
+
+    # --- the loop ----------------------------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Commit until :meth:`end`. Raises the first error."""
+        while True:
+            await self._wait_for_change()
+            if self._pending.since is not None:
+                if isinstance(self._delivery, Transactor):
+                    await self._until_due(self._pending.since)
+                await self._released.wait()
+                await self._deliver()
+            elif self._sent is not None:
+                await self._commit_sent()
+            elif not self._ended:
+                self._changed.clear()
+            elif self._state.says_stopped or self._held:
+                return
+            else:
+                self._saying_stopped = True
+                self.schedule()
+
+    async def _wait_for_change(self) -> None:
+        """Until something is pending, or what was sent is due to be committed."""
+        if self._sent is None:
+            await self._changed.wait()
+        elif self._pending.since is None:
+            await self._until_due(self._sent[1])
+
+    async def _until_due(self, since: float) -> None:
+        """Wait until the oldest of it is ``commit_interval`` old, or somebody cannot wait so long."""
+        remaining = since + self._options.commit_interval - self._clock.monotonic()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(max(0.0, remaining)):
+                await self._due.wait()
+        if not self._ended:
+            self._due.clear()
+
+    async def _deliver(self) -> None:
+        """Commit, or send, all that has completed. Nothing is awaited between taking it and its checkpoint."""
+        self._begun += 1
+        number = self._begun
+        pending, self._pending = self._pending, _Pending()
+        checkpoint = self.tracker.snapshot()
+        taken = self._state.take()
+        self._busy = True
+        began = self._clock.monotonic()
+        effects = pending.effects
+        if pending.flights:
+            effects.merge(await self._processor.encode(_batch_of(pending.flights)))
+        stopped = self._saying_stopped or self._ended
+        outputs = {**effects.outputs}
+        outputs[self._state.changelog] = self._state.records(taken, effects, checkpoint, stopped=stopped)
+        if isinstance(self._delivery, Transactor):
+            ends = await self._delivery.commit(outputs, checkpoint)
+            await self._state.written(ends.get(self._state.changelog))
+        else:
+            await self._delivery.send(outputs)
+            await self._state.written(None)
+            self._sent = (checkpoint, self._sent[1] if self._sent else began)
+        self._busy = False
+        self._done = number
+        self._committed.set()
+        self._on_commit(pending.rows, pending.bytes, effects, self._clock.monotonic() - began)
+        if self._sent is not None and self._is_overdue(self._sent[1]):
+            await self._commit_sent()
+        self._on_change()
+
+    def _is_overdue(self, since: float) -> bool:
+        return self._due.is_set() or self._clock.monotonic() - since >= self._options.commit_interval
+
+    async def _commit_sent(self) -> None:
+        """At least once: the offsets of what was sent."""
+        assert isinstance(self._delivery, Forwarder)  # noqa: S101 - only it leaves something sent
+        assert self._sent is not None  # noqa: S101
+        await self._released.wait()
+        sent, self._sent = self._sent, None
+        self._busy = True
+        await self._delivery.commit(sent[0])
+        self._busy = False
+        self._due.clear()
+        self._on_change()
+
+
+def _batch_of(flights: Sequence[Flight]) -> Batch:
+    batch = Batch([flight.sender for flight in flights])
+    batch.rows = [flight.value for flight in flights]
+    contexts = [flight.context for flight in flights if flight.context is not None]
+    batch.contexts = contexts if len(contexts) == len(flights) else None
+    return batch

@@ -1,0 +1,287 @@
+"""What a partition remembers: tables, context and checkpoint record, as its changelog topic carries them."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+
+from ..handlers.executors import BlockingPool
+from ..state.checkpoint import CHECKPOINT_KEY, CheckpointRecord, crc_of
+from ..state.clock import Clock
+from ..state.context import ExecutionContext, pipeline_uuid, session_uuid
+from ..state.memory import MemoryStore
+from ..state.model import Committed, Outgoing, Record, TopicPartition
+from ..state.store import Stores
+from ..state.table import Stamped, TableSpec, restamp
+from ..state.tables import Layer, PartitionTables
+from .brokers.base import Broker
+from .errors import CheckpointError
+from .options import WorkerOptions
+from .processing import Effects
+from .restore import ChangelogReader
+from .session import Session
+
+log = logging.getLogger(__name__)
+
+TOMBSTONES_MS = 24 * 3_600_000
+"""How long a compacted topic keeps deletions: a store that was away for longer may have missed some."""
+CHANGELOG_CONFIG = {"cleanup.policy": "compact", "delete.retention.ms": str(TOMBSTONES_MS)}
+"""What changelog topics are made with."""
+
+
+class PartitionState:
+    """One partition's memory during one assignment.
+
+    Args:
+        broker: where the changelog is.
+        session: names.
+        tp: the source's partition.
+        specs: the pipeline's tables.
+        stores: where they are kept; None for pipelines without any.
+        options: time limits.
+        pool: threads for writing to the store.
+        clock: time.
+        owner: a name of this process: what it did itself is no death.
+    """
+
+    def __init__(
+        self,
+        broker: Broker,
+        session: Session,
+        tp: TopicPartition,
+        specs: Mapping[str, TableSpec],
+        stores: Stores | None,
+        options: WorkerOptions,
+        pool: BlockingPool,
+        clock: Clock,
+        owner: str,
+    ) -> None:
+        self._owner = owner
+        self.changelog = TopicPartition(session.changelog(tp.topic), tp.partition)
+        self._broker = broker
+        self._session = session
+        self._tp = tp
+        self._specs = specs
+        self._stores = stores
+        self._options = options
+        self._pool = pool
+        self._clock = clock
+        self._tables: PartitionTables | None = None
+        self._own_tables = PartitionTables(MemoryStore(), {})
+        self.counts: dict[str, int] = dict.fromkeys(("rows", "results", "dropped", "dead_letters", "emitted"), 0)
+        self.context = ExecutionContext(
+            session_id=session_uuid(session.group),
+            pipeline_id=pipeline_uuid(session.pipeline),
+            start_time=datetime.fromtimestamp(clock.now_ms() / 1000, UTC),
+        )
+        self.starts: dict[int, int] = {}
+        self.witness: tuple[int, int] | None = None
+        self.died = False
+        """Whether the last task of this partition ended without saying so."""
+        self._stopped = True
+
+    @property
+    def tables(self) -> PartitionTables | None:
+        """The tables, where the pipeline has any."""
+        return self._tables
+
+    # --- opening -----------------------------------------------------------------------------------------------
+
+    async def open(self, committed: Committed | None) -> None:
+        """Restore, and compare what the changelog knows with what the group committed.
+
+        Raises:
+            CheckpointError: the changelog knows a checkpoint that the group forgot, or the source was made anew.
+            StoreError: the store is no good; set aside what is damaged, and open again.
+            BrokerError: the broker does not answer.
+        """
+        reader = ChangelogReader(self._broker, self.changelog, self._tp, self._options.broker_timeout, self._clock)
+        try:
+            await reader.open()
+            record = await self._restore(reader, committed)
+            self._check(record, committed)
+            if record is not None and record.witness is not None and committed is not None:
+                await self._check_source(reader, *record.witness)
+        finally:
+            await reader.close()
+        if record is not None:
+            self._go_on_from(record)
+
+    async def _restore(self, reader: ChangelogReader, committed: Committed | None) -> CheckpointRecord | None:
+        if not self._specs or self._stores is None:
+            found = await reader.last_checkpoint()
+            return None if found is None or found.value is None else CheckpointRecord.decode(found.value)
+        warm = await self._restore_tables(reader)
+        record = self._record()
+        if warm and committed is not None and record is not None and not record.agrees_with(committed):
+            # The store may have run ahead of a broker that lost its newest transactions in a power cut.
+            log.info("%s: the local tables do not belong to the committed offset: restoring all of them", self._tp)
+            await self._wipe()
+            await self._restore_tables(reader)
+            record = self._record()
+        return record
+
+    async def _restore_tables(self, reader: ChangelogReader) -> bool:
+        """Bring the store up to the changelog's end; tells whether it began with something in it."""
+        position = await self._open_store()
+        if position is not None and not reader.start <= position <= reader.end:
+            log.warning(
+                "%s: the local tables stand at %d, outside the changelog (%d to %d): restoring all of them",
+                self._tp, position, reader.start, reader.end,
+            )  # fmt: skip
+            await self._wipe()
+            position = await self._open_store()
+        tables = self._tables
+        assert tables is not None  # noqa: S101 - just opened
+
+        async def load(records: Sequence[Record], behind: int) -> None:
+            await self._pool.run(tables.load, records, behind)
+
+        begin = reader.start if position is None else position
+        if begin < reader.end:
+            await reader.restore(begin, load)
+        await self._pool.run(tables.describe, self._clock.now_ms())
+        return position is not None
+
+    async def _open_store(self) -> int | None:
+        """Open the partition's store; its position, None for one without content that counts."""
+        assert self._stores is not None  # noqa: S101 - there are tables
+        store = await self._pool.run(self._stores.open, self._session.group, self._tp)
+        self._tables = tables = PartitionTables(store, self._specs)
+        about = tables.about
+        mortal = {name: spec.ttl_ms for name, spec in self._specs.items() if spec.ttl_ms is not None}
+        if about and about.get("ttl_ms") != mortal:
+            why = "a table's ttl was changed"
+        elif about and self._clock.now_ms() - int(str(about["used_ms"])) > TOMBSTONES_MS:
+            why = "they were last in use more than a day ago, and may have missed deletions"
+        else:
+            return tables.position
+        log.info("%s: restoring all of the local tables: %s", self._tp, why)
+        await self._wipe()
+        return await self._open_store()
+
+    async def _wipe(self) -> None:
+        """Delete the store: it costs a restore."""
+        assert self._stores is not None  # noqa: S101 - there are tables
+        await self.close()
+        await self._pool.run(self._stores.remove, self._session.group, self._tp)
+
+    def _record(self) -> CheckpointRecord | None:
+        raw = self._tables.own(CHECKPOINT_KEY) if self._tables else None
+        return None if raw is None else CheckpointRecord.decode(raw)
+
+    def _check(self, record: CheckpointRecord | None, committed: Committed | None) -> None:
+        if committed is None and record is not None:
+            raise CheckpointError(
+                f"group {self._session.group} has no committed offset for {self._tp}, but its changelog "
+                f"{self.changelog.topic} knows a checkpoint at {record.offset:,}: the offsets expired (Kafka drops "
+                "those of a group that was away for a week) or were deleted. Starting over silently would run every "
+                "row again. With the workers stopped, set the group's offset with Kafka's consumer-groups tool "
+                f"(--reset-offsets --to-offset {record.offset}), or delete the changelog topic to begin anew"
+            )
+        if committed is not None and record is None:
+            log.warning("%s: committed at %d, but its changelog is empty", self._tp, committed.offset)
+        elif committed is not None and record is not None and not record.agrees_with(committed):
+            # At least once, the one is written before the other.
+            level = logging.WARNING if self._options.guarantee == "exactly_once" else logging.DEBUG
+            log.log(
+                level,
+                "%s: the group's offset was moved from outside, from %d to %d; tables stay as they are",
+                self._tp, record.offset, committed.offset,
+            )  # fmt: skip
+
+    async def _check_source(self, reader: ChangelogReader, offset: int, timestamp: int) -> None:
+        """A topic that was deleted and made anew begins again at 0, and has other rows where it had some.
+
+        aiokafka knows no topic ids. What tells is the record that stood at the highest offset taken: if there is
+        one at that very offset now, it has the same timestamp, or it is another topic's.
+        """
+        present = await reader.record_at(offset)
+        if present is not None and present.timestamp != timestamp:
+            raise CheckpointError(
+                f"{self._tp}: the record at offset {offset:,} is not the one that was processed there (timestamp "
+                f"{present.timestamp}, then {timestamp}): the topic was deleted and made anew. Its old position means "
+                f"nothing: with the workers stopped, delete the group {self._session.group} and the topic "
+                f"{self.changelog.topic} to begin with the new rows, or run them as another session"
+            )
+
+    def _go_on_from(self, record: CheckpointRecord) -> None:
+        self.counts |= record.counts
+        self.context = ExecutionContext.from_checkpoint(record.context)
+        self.starts = dict(record.starts)
+        self.witness = record.witness
+        self._stopped = record.stopped
+        self.died = not record.stopped and record.owner != self._owner
+
+    # --- commits -----------------------------------------------------------------------------------------------
+
+    def take(self) -> dict[bytes, Stamped | None]:
+        """What is pending in the tables: in the same moment in which the checkpoint is taken."""
+        return (self._tables or self._own_tables).take()
+
+    def absorb(self, layer: Layer | None) -> None:
+        """A lot is done: what its rows wrote counts."""
+        if layer is not None and self._tables is not None:
+            self._tables.absorb(layer)
+
+    @property
+    def says_stopped(self) -> bool:
+        """Whether the last record says that the task ended in order."""
+        return self._stopped
+
+    def saw(self, offset: int, timestamp: int) -> None:
+        """A record was taken: the highest one identifies the topic."""
+        if self.witness is None or offset > self.witness[0]:
+            self.witness = (offset, timestamp)
+
+    def records(
+        self, taken: dict[bytes, Stamped | None], effects: Effects, checkpoint: Committed, *, stopped: bool
+    ) -> list[Outgoing]:
+        """The changelog records of a commit: what was taken, and the checkpoint with the new context."""
+        self._count(effects)
+        self._stopped = stopped
+        self.starts = {offset: count for offset, count in self.starts.items() if offset >= checkpoint.offset}
+        record = CheckpointRecord(
+            checkpoint.offset,
+            crc_of(checkpoint),
+            stopped,
+            self.witness,
+            self.counts,
+            self.context.to_checkpoint(),
+            dict(self.starts),
+            self._owner,
+        )
+        now = self._clock.now_ms()
+        taken[CHECKPOINT_KEY] = restamp(record.encode(), now)
+        return PartitionTables.records(taken, now)
+
+    def _count(self, effects: Effects) -> None:
+        counts = self.counts
+        counts["rows"] += effects.rows
+        counts["results"] += effects.results
+        counts["dropped"] += effects.dropped
+        counts["dead_letters"] += effects.dead_letters
+        counts["emitted"] += effects.emitted
+        context = self.context
+        context.processed_rows += effects.rows - effects.dropped - effects.dead_letters
+        context.skipped_rows += effects.dropped
+        context.failed_rows += effects.dead_letters
+        if self.witness is not None:
+            context.last_processed_row = self.witness[0]
+        if effects.cost or effects.tokens:
+            context.add_cost(effects.cost, effects.tokens)
+
+    async def written(self, position: int | None) -> None:
+        """The commit succeeded: now, and not before, the store may have it."""
+        if self._tables is None:
+            self._own_tables.forget_taken()
+            return
+        await self._pool.run(self._tables.written, position)
+        self._tables.forget_taken()
+
+    async def close(self) -> None:
+        """Let go of the store."""
+        tables, self._tables = self._tables, None
+        if tables is not None:
+            await self._pool.run(tables.close)
