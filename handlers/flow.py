@@ -87,6 +87,8 @@ class Flow:
         self._on_error = on_error
         self._by_key = by_key
         self._waiting: dict[object, deque[Flight]] = {}
+        self._through: deque[object] = deque()  # keys whose row is done
+        self._releasing = False
         self._tasks: set[asyncio.Task[None]] = set()
         self._error: BaseException | None = None
         self.is_closed = False
@@ -122,13 +124,27 @@ class Flow:
         self._release(flight)
 
     def _release(self, flight: Flight) -> None:
-        """Let the next row of the key begin."""
-        if self._by_key and flight.key is not None and not self.is_closed:
-            queue = self._waiting[flight.key]
-            if queue:
-                self._first.enter(queue.popleft())
-            else:
-                del self._waiting[flight.key]
+        """Let the next row of the key begin.
+
+        A loop, not a call within a call: rows that failed before they came here are through as soon as they begin,
+        and a thousand of one key may wait.
+        """
+        if not self._by_key or flight.key is None:
+            return
+        self._through.append(flight.key)
+        if self._releasing:
+            return
+        self._releasing = True
+        try:
+            while self._through and not self.is_closed:
+                key = self._through.popleft()
+                queue = self._waiting[key]
+                if queue:
+                    self._first.enter(queue.popleft())
+                else:
+                    del self._waiting[key]
+        finally:
+            self._releasing = False
 
     def start(self, work: Coroutine[Any, Any, None]) -> None:
         """Run part of a segment's work. An error in it is a bug of ours, and is raised by :meth:`check`."""

@@ -199,7 +199,7 @@ class RocksStores(Stores):
 
     def __init__(self, root: Path, *, cache_bytes: int = 64 * _MIB) -> None:
         if cache_bytes < 8 * _MIB:
-            raise ConfigError("cache_bytes", cache_bytes, f"give at least {8 * _MIB} (8 MiB)")
+            raise ConfigError("table_cache_bytes", cache_bytes, f"give at least {8 * _MIB} (8 MiB)")
         self._root = root.absolute()
         self._cache_bytes = cache_bytes
         self._memory: tuple[Cache, WriteBufferManager] | None = None
@@ -304,6 +304,26 @@ class RocksStores(Stores):
         return aside
 
 
+def forget_group(root: Path, group: str) -> None:
+    """Delete every store of a group that is over, whichever worker of this machine had it. None is no error.
+
+    Moved first, as in ``remove``: a kill half-way leaves nothing where an open looks. No worker may serve the group.
+
+    Raises:
+        StoreError: one cannot be deleted.
+    """
+    for slot in root.glob("worker-*/"):
+        folder = slot / _folder_name(group)
+        gone = folder.with_name(f"{folder.name[:200]}%gone")
+        try:
+            _delete(gone)
+            if folder.exists():
+                folder.rename(gone)
+                _delete(gone)
+        except OSError as error:
+            raise _failure(folder, "deleted", error) from error
+
+
 def _options(cache: Cache, buffers: WriteBufferManager) -> Options:
     """Small tables, many of them, in a process that has other things to do."""
     from rocksdict import BlockBasedOptions, DBCompressionType, Options
@@ -359,14 +379,14 @@ def _write_mark(folder: Path, group: str, tp: TopicPartition) -> None:
         raise StoreError(
             f"the store {folder} is no store of rowmill: it holds {what} ({', '.join(found[:5])})", damaged=True
         )
-    # Renamed when it is whole: a kill must not leave a mark that cannot be read.
-    # Whose it is serves people: a folder's name may be a digest.
+    # Whose it is serves people: a folder's name may be a digest. Renamed when it is whole: a kill must not leave a
+    # mark that cannot be read.
     names = [name.encode("utf-8", "backslashreplace").decode() for name in (group, tp.topic)]
     fresh.write_bytes(codec.dumps({"format": FORMAT, "group": names[0], "topic": names[1], "partition": tp.partition}))
     fresh.replace(folder / _MARK)
 
 
-_DAMAGE = {"Corruption", "Invalid argument", "Not implemented", "NotFound"}
+_DAMAGE = {"Invalid argument", "Not implemented", "NotFound"}
 """What RocksDB's texts begin with when another attempt will not help."""
 
 _LOST = ("Corruption", "No such file", "Input/output error")

@@ -14,6 +14,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import islice
+from threading import Lock
 
 from .codec import dumps, loads
 from .errors import BadRowError, RowmillError
@@ -94,6 +95,8 @@ class PartitionTables(Layer):
         super().__init__(_Below(store, lambda: self._taken))
         self.specs = specs
         self._mortal = {spec.prefix: spec for spec in specs.values() if spec.ttl_ms is not None}
+        # A thread whose caller was cancelled goes on writing: closing waits for it.
+        self._writing = Lock()
         self._now_ms = 0  # the newest row that completed; what expires is measured by it
         self._swept_ms = 0
 
@@ -133,7 +136,8 @@ class PartitionTables(Layer):
         Raises:
             StoreError: it cannot be written.
         """
-        self._store.write(self._changes_of(self._taken.items(), position))
+        with self._writing:
+            self._store.write(self._changes_of(self._taken.items(), position))
 
     def forget_taken(self) -> None:
         """The store has it."""
@@ -204,9 +208,10 @@ class PartitionTables(Layer):
             for record in records
             if record.key
         ]
-        for begin in range(0, len(entries), _WRITE):
-            self._store.write(self._changes_of(entries[begin : begin + _WRITE], None))
-        self._store.write([(_POSITION, _NUMBER.pack(position))])
+        with self._writing:
+            for begin in range(0, len(entries), _WRITE):
+                self._store.write(self._changes_of(entries[begin : begin + _WRITE], None))
+            self._store.write([(_POSITION, _NUMBER.pack(position))])
 
     # --- what the store says of itself -------------------------------------------------------------------------
 
@@ -219,11 +224,13 @@ class PartitionTables(Layer):
     def describe(self, now_ms: int) -> None:
         """Note when this store was in use last, and the lifetimes that its index was made with."""
         about = {"used_ms": now_ms, "ttl_ms": {spec.name: spec.ttl_ms for spec in self._mortal.values()}}
-        self._store.write([(_ABOUT, dumps(about))])
+        with self._writing:
+            self._store.write([(_ABOUT, dumps(about))])
 
     def close(self) -> None:
         """Let go of the store."""
-        self._store.close()
+        with self._writing:
+            self._store.close()
 
 
 class _Below(Source):

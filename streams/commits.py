@@ -129,6 +129,10 @@ class Commits:
         """Write down that these rows begin, and return when that is committed."""
         for record in records:
             self._state.starts[record.offset] = self._state.starts.get(record.offset, 0) + 1
+        await self.say_running()
+
+    async def say_running(self) -> None:
+        """Make a commit, if only to note that the task runs: a death from now on is one that can be seen."""
         wanted = self._begun + 1
         self.schedule()
         while self._done < wanted:
@@ -215,7 +219,7 @@ class Commits:
         outputs = {**effects.outputs}
         outputs[self._state.changelog] = self._state.records(taken, effects, checkpoint, stopped=stopped)
         if isinstance(self._delivery, Transactor):
-            ends = await self._delivery.commit(outputs, checkpoint)
+            ends = await self._delivery.commit(outputs, checkpoint, self._state.last_was_ours)
             await self._state.written(ends.get(self._state.changelog))
         else:
             await self._delivery.send(outputs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
@@ -12,7 +13,7 @@ from ..state.clock import Clock
 from ..state.context import ExecutionContext, pipeline_uuid, session_uuid
 from ..state.memory import MemoryStore
 from ..state.model import Committed, Outgoing, Record, TopicPartition
-from ..state.store import Stores
+from ..state.store import Store, Stores
 from ..state.table import Stamped, TableSpec, restamp
 from ..state.tables import Layer, PartitionTables
 from .brokers.base import Broker
@@ -80,6 +81,7 @@ class PartitionState:
         self.died = False
         """Whether the last task of this partition ended without saying so."""
         self._stopped = True
+        self._last_record = b""
 
     @property
     def tables(self) -> PartitionTables | None:
@@ -147,7 +149,12 @@ class PartitionState:
     async def _open_store(self) -> int | None:
         """Open the partition's store; its position, None for one without content that counts."""
         assert self._stores is not None  # noqa: S101 - there are tables
-        store = await self._pool.run(self._stores.open, self._session.group, self._tp)
+        opening = asyncio.ensure_future(self._pool.run(self._stores.open, self._session.group, self._tp))
+        try:
+            store = await asyncio.shield(opening)
+        except asyncio.CancelledError:  # the thread goes on: what it opens must not stay open
+            opening.add_done_callback(_close_orphan)
+            raise
         self._tables = tables = PartitionTables(store, self._specs)
         about = tables.about
         mortal = {name: spec.ttl_ms for name, spec in self._specs.items() if spec.ttl_ms is not None}
@@ -176,9 +183,10 @@ class PartitionState:
             raise CheckpointError(
                 f"group {self._session.group} has no committed offset for {self._tp}, but its changelog "
                 f"{self.changelog.topic} knows a checkpoint at {record.offset:,}: the offsets expired (Kafka drops "
-                "those of a group that was away for a week) or were deleted. Starting over silently would run every "
-                "row again. With the workers stopped, set the group's offset with Kafka's consumer-groups tool "
-                f"(--reset-offsets --to-offset {record.offset}), or delete the changelog topic to begin anew"
+                "those of a group that was away for a week), or they or the source were deleted. Starting over "
+                "silently would run every row again. With the workers stopped, set the group's offset with Kafka's "
+                f"consumer-groups tool (--reset-offsets --to-offset {record.offset}), or delete the changelog topic "
+                "to begin anew"
             )
         if committed is not None and record is None:
             log.warning("%s: committed at %d, but its changelog is empty", self._tp, committed.offset)
@@ -220,6 +228,12 @@ class PartitionState:
         """What is pending in the tables: in the same moment in which the checkpoint is taken."""
         return (self._tables or self._own_tables).take()
 
+    def forget_starts(self, records: Sequence[Record]) -> None:
+        """These rows survived."""
+        if self.starts:
+            for record in records:
+                self.starts.pop(record.offset, None)
+
     def absorb(self, layer: Layer | None) -> None:
         """A lot is done: what its rows wrote counts."""
         if layer is not None and self._tables is not None:
@@ -253,8 +267,22 @@ class PartitionState:
             self._owner,
         )
         now = self._clock.now_ms()
-        taken[CHECKPOINT_KEY] = restamp(record.encode(), now)
+        self._last_record = record.encode()
+        taken[CHECKPOINT_KEY] = restamp(self._last_record, now)
         return PartitionTables.records(taken, now)
+
+    async def last_was_ours(self) -> bool:
+        """Whether the changelog's newest checkpoint record is the one that :meth:`records` made last.
+
+        It carries this process's name and all counts, so an equal one is the same one.
+        """
+        reader = ChangelogReader(self._broker, self.changelog, self._tp, self._options.broker_timeout, self._clock)
+        try:
+            await reader.open()
+            found = await reader.last_checkpoint()
+        finally:
+            await reader.close()
+        return found is not None and found.value == self._last_record
 
     def _count(self, effects: Effects) -> None:
         counts = self.counts
@@ -285,3 +313,8 @@ class PartitionState:
         tables, self._tables = self._tables, None
         if tables is not None:
             await self._pool.run(tables.close)
+
+
+def _close_orphan(opening: asyncio.Future[Store]) -> None:
+    if not opening.cancelled() and opening.exception() is None:
+        opening.result().close()

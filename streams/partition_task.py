@@ -134,7 +134,7 @@ class PartitionTask:
         self._arrived = asyncio.Event()
         self._position = 0  # where the reader stands: everything before it was offered, or is a gap
         self._lot = 1
-        self._lot_in_work = False
+        self._lot_in_work = False  # taken from the inbox, and not known to the tracker yet
         self._buffered_rows = 0  # taken from the reader and not yet committed
         self._buffered_bytes = 0
         self._flying_rows = 0
@@ -315,14 +315,18 @@ class PartitionTask:
                     effects = self._processor.bury(records[0], condemned)
                 else:
                     effects = await self._processor.process(records) if records else Effects()
-            self._lot_in_work = False
-            self._state.absorb(effects.tables)
-            # With nothing further in the inbox, a gap that was told meanwhile lies behind these rows.
-            drained = not self._inbox and not self._draining
-            self._tracker.pass_over(self._position if drained else taken[-1].offset + 1)
-            self._commits.add_lot(effects, len(taken), _bytes(taken))
+                self._finish_lot(taken, effects)
             self._adapt(len(taken), self._clock.monotonic() - began)
         self._commits.end()
+
+    def _finish_lot(self, taken: Sequence[Record], effects: Effects) -> None:
+        self._lot_in_work = False
+        self._state.absorb(effects.tables)
+        self._state.forget_starts(taken)
+        # With nothing further in the inbox, a gap that was told meanwhile lies behind these rows.
+        drained = not self._inbox and not self._draining
+        self._tracker.pass_over(self._position if drained else taken[-1].offset + 1)
+        self._commits.add_lot(effects, len(taken), _bytes(taken))
 
     def _take(self, most: int) -> Sequence[Record]:
         """The next records: as many as are there, up to ``most``; one that is under suspicion comes alone."""
@@ -378,14 +382,23 @@ class PartitionTask:
 
     async def _start(self, taken: Sequence[Record]) -> None:
         """Begin rows; with care where one of them may have killed the process before."""
+        self._lot_in_work = True  # they are in neither inbox nor tracker until they are begun
+        try:
+            await self._start_with_care(taken)
+        finally:
+            self._lot_in_work = False
+
+    async def _start_with_care(self, taken: Sequence[Record]) -> None:
         if taken[0].offset >= self._careful_until:
+            await self._say_running()
             self._begin(taken)
             return
-        if taken[0].offset in self._state.starts:
+        suspect = taken[0].offset in self._state.starts
+        if suspect:
             await self._landed()
         async with self._care(taken) as condemned:
             self._begin(taken, condemned)
-            if taken[0].offset in self._state.starts and len(taken) == 1:
+            if suspect:
                 await self._landed()
 
     def _check_flow(self) -> None:
@@ -421,10 +434,7 @@ class PartitionTask:
             self._flying_bytes += size
             self._in_flight.begin(size)
             flight = Flight(batch.rows[i], batch.contexts[i] if batch.contexts else None, record.key, record)
-            if flight.value.__class__ is Failure:
-                self._finished(flight)
-            else:
-                self._flow.enter(flight)
+            self._flow.enter(flight)  # failures too: a forwarded tombstone must not overtake its key's rows
 
     def _finished(self, flight: Flight) -> Coroutine[Any, Any, None] | None:
         """A row is through the chain, in whatever way. What it writes to tables counts before its key goes on."""
@@ -450,8 +460,7 @@ class PartitionTask:
         self._flying_bytes -= size
         self._in_flight.end(1, size)
         self._tracker.complete((record.offset,))
-        if self._state.starts:
-            self._state.starts.pop(record.offset, None)
+        self._state.forget_starts((record,))
         self._commits.add_flight(flight, size)
         self._room.set()
 
@@ -469,14 +478,20 @@ class PartitionTask:
                     return most
         return most
 
+    async def _say_running(self) -> None:
+        """Before the first rows: the changelog must know that somebody is at work, or a death here goes unseen."""
+        if self._options.max_deaths and self._state.says_stopped:
+            await self._commits.say_running()
+
     @asynccontextmanager
     async def _care(self, records: Sequence[Record]) -> AsyncIterator[Failure | None]:
         """Around rows that are about to run: gives the failure of one that must not.
 
         What is about to run is noted durably first. A row that was noted at a former death runs while no other such
-        row does in the whole worker, so that the next death tells which one it was.
+        row does in the whole worker, and until its end is committed, so that the next death tells which one it was.
         """
         if not records or records[0].offset >= self._careful_until:
+            await self._say_running()
             yield None
             return
         deaths = self._state.starts.get(records[0].offset, 0)
@@ -486,12 +501,10 @@ class PartitionTask:
             async with self._alone:
                 await self._commits.note_starts(records)
                 yield None
+                await self._commits.say_running()
         else:
             await self._commits.note_starts(records)
             yield None
-        if self._flow is None:
-            for record in records:
-                self._state.starts.pop(record.offset, None)
 
 
 def _deadly(deaths: int) -> Failure:

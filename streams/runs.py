@@ -16,11 +16,13 @@ from typing import TYPE_CHECKING, Any
 from ..handlers.frames import frame_of, is_frame, labels_at
 from ..state.clock import Clock, SystemClock
 from ..state.codec import dumps, loads
+from ..state.context import ExecutionContext
 from ..state.model import Committed, Headers, Outgoing, Record, TopicPartition
 from .brokers.base import Broker, TransactionalProducer
 from .brokers.open import open_broker
 from .catalog import Catalog
 from .collect import Sorter, error_field, header, input_row, partitions_of, read_topic, result_of
+from .contexts import session_context
 from .dead_letters import HEADROOM_BYTES, TRUNCATED_HEADER
 from .deadlines import deadline
 from .errors import BrokerError, CheckpointError, FencedError, SessionError
@@ -31,7 +33,7 @@ from .partitioning import partition_for
 from .progress import progress_bar
 from .results import CostEstimate, ErrorInfo, ExecutionResult, ProcessingStats
 from .session import INPUT_ERROR_HEADER, INPUT_ROW_HEADER, SOURCE_HEADER, Session
-from .worker import Worker
+from .worker import Worker, state_folder
 
 if TYPE_CHECKING:
     import pandas as pd  # noqa: TID251 - for the type only
@@ -62,6 +64,14 @@ class RunOutcome:
     side_topics: list[str] = field(default_factory=list)
     errors: list[ErrorInfo] = field(default_factory=list)
     sorter: Sorter = field(default_factory=Sorter)
+    context: ExecutionContext | None = None
+
+    @property
+    def costs(self) -> CostEstimate:
+        """What the session's rows cost, earlier attempts included."""
+        if self.context is None:
+            return CostEstimate(rows=self.processed)
+        return CostEstimate(self.context.accumulated_cost, self.context.accumulated_tokens, self.processed)
 
     @property
     def dropped(self) -> int:
@@ -401,6 +411,9 @@ class BoundedRun:
             outcome.side_topics = await self._side_topics(set(outcome.topics.values()))
         else:
             outcome.rows = self._worker.stats.rows if self._worker else 0
+        outcome.context = await session_context(
+            self._broker, self.session, sources, self._options.broker_timeout, self._clock
+        )
         return outcome
 
     async def _side_topics(self, known: set[str]) -> list[str]:
@@ -453,12 +466,24 @@ async def _cancel(tasks: Iterable[asyncio.Task[Any]]) -> None:
         await asyncio.wait(pending)
 
 
-async def remove_session(broker: Broker, pipeline: Pipeline, session: Session, side_topics: Iterable[str] = ()) -> None:
-    """Delete a bounded session's own topics and groups: every trace of it, and nothing else."""
-    topics = [session.source(topic) for topic in pipeline.sources] if session.owns_source else []
+async def remove_session(
+    broker: Broker,
+    pipeline: Pipeline,
+    session: Session,
+    side_topics: Iterable[str] = (),
+    options: WorkerOptions | None = None,
+) -> None:
+    """Delete a bounded session's own topics, groups and local tables: every trace of it, and nothing else."""
+    sources = [session.source(topic) for topic in pipeline.sources]
+    topics = sources if session.owns_source else []
+    topics = [*topics, *map(session.changelog, sources)]
     topics += [session.output(pipeline.sink), session.dead_letters, *side_topics]
     await broker.delete_topics(topics)
     await broker.delete_groups([session.group, session.publisher_id])
+    if pipeline.tables:
+        from ..state.rocksdb import forget_group
+
+        await asyncio.to_thread(forget_group, state_folder(options or WorkerOptions(), broker), session.group)
 
 
 # --- the Python face -------------------------------------------------------------------------------------------
@@ -510,6 +535,7 @@ class _Call:
         clock = SystemClock()
         self._pipeline = pipeline
         self._rows = rows
+        self._options = options
         self._temporary = session is None
         self._broker_url = broker
         self.attempt = BoundedRun(
@@ -530,14 +556,14 @@ class _Call:
         finally:
             outcome.sorter.close()
         if self._temporary:
-            await _remove(open_broker(self._broker_url), self._pipeline, outcome)
+            await _remove(open_broker(self._broker_url), self._pipeline, outcome, self._options)
         return _result(outcome, data, self._rows, started)
 
 
-async def _remove(broker: Broker, pipeline: Pipeline, outcome: RunOutcome) -> None:
+async def _remove(broker: Broker, pipeline: Pipeline, outcome: RunOutcome, options: WorkerOptions | None) -> None:
     await broker.start()
     try:
-        await remove_session(broker, pipeline, outcome.session, outcome.side_topics)
+        await remove_session(broker, pipeline, outcome.session, outcome.side_topics, options)
     finally:
         await broker.close()
 
@@ -555,7 +581,7 @@ def _result(outcome: RunOutcome, data: pd.DataFrame, rows: Any, started: datetim
     return ExecutionResult(
         data=data,
         metrics=stats_of(outcome),
-        costs=CostEstimate(rows=outcome.processed),
+        costs=outcome.costs,
         errors=outcome.errors,
         session=outcome.session.id,
         topics=outcome.topics,

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from ..handlers.frames import frame_of, is_frame, join_frames, labels_at
 from ..state.clock import SystemClock
 from ..state.codec import loads
+from ..state.context import sum_costs
 from ..state.errors import ConfigError, RowmillError
 from ..state.model import Record, TopicPartition
 from .brokers.base import Broker, Reader
@@ -59,6 +60,7 @@ class StreamingResult:
         self._started = datetime.now(UTC)
         self._results = 0
         self._cost = Decimal(0)
+        self._tokens = 0
         self.rows = 0
         self.processed = 0
         self.failed = 0
@@ -66,10 +68,11 @@ class StreamingResult:
         self.session = ""
         self.topics: dict[str, str] = {}
 
-    def add_chunk(self, chunk: pd.DataFrame, cost: Decimal = Decimal(0)) -> None:
+    def add_chunk(self, chunk: pd.DataFrame, cost: Decimal = Decimal(0), tokens: int = 0) -> None:
         """Count a chunk of results, and what it cost."""
         self._results += len(chunk)
-        self._cost += cost
+        self._cost = sum_costs(self._cost, cost)
+        self._tokens += tokens
         if self._kept is not None:
             self._kept.append(chunk)
 
@@ -89,7 +92,7 @@ class StreamingResult:
         return ExecutionResult(
             data=join_frames(self._kept or []),
             metrics=stats,
-            costs=CostEstimate(total_cost=self._cost, rows=self.processed),
+            costs=CostEstimate(self._cost, self._tokens, self.processed),
             errors=self.errors,
             session=self.session,
             topics=self.topics,
@@ -162,7 +165,7 @@ class ChunkStream(Iterator["pd.DataFrame"]):
             self.close()
             raise StopIteration
         chunk = self._chunk(results)
-        self.result.add_chunk(chunk)
+        self.result.add_chunk(chunk, *self._engine.new_costs())
         return chunk
 
     def finalize(self) -> ExecutionResult:
@@ -228,6 +231,7 @@ class _Engine:
         self._ahead = asyncio.Semaphore(LOOKAHEAD)
         self._published: deque[tuple[int, dict[TopicPartition, int]]] = deque()
         self._held: list[Result] = []
+        self._told_costs = (Decimal(0), 0)
         result.session = self._session.id
         result.topics = {
             "source": self._source,
@@ -258,6 +262,12 @@ class _Engine:
             asyncio.create_task(self._worker.run()),
             asyncio.create_task(self._publish(partitions)),
         ]
+
+    def new_costs(self) -> tuple[Decimal, int]:
+        """Money and tokens of the rows committed since the last time."""
+        stats = self._worker.stats
+        before, self._told_costs = self._told_costs, (stats.cost, stats.tokens)
+        return self._told_costs[0] - before[0], self._told_costs[1] - before[1]
 
     async def _publish(self, partitions: int) -> None:
         chunks = self._publisher.publish_chunks(partitions, self._chunk_size, _CHUNK_BYTES)
@@ -320,7 +330,7 @@ class _Engine:
     async def _remove(self) -> None:
         if self._tasks:
             side = [t for t in await self._broker.topics() if t.endswith(f".{self._session.id}")]
-            await remove_session(self._broker, self._pipeline, self._session, side)
+            await remove_session(self._broker, self._pipeline, self._session, side, self._options)
 
 
 class _Tail:

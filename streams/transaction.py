@@ -6,8 +6,9 @@ The sequence of a commit and the rule after a failure (DESIGN, steps 2, 5 and 6)
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 
 from ..state.clock import Clock
 from ..state.model import Committed, Outgoing, TopicPartition
@@ -35,11 +36,19 @@ class Transactor:
         tp: the input partition.
         options: time limits.
         clock: for pauses between attempts.
+        stable: set while the group does not rebalance. A producer started meanwhile might fence a rightful owner.
     """
 
     def __init__(
-        self, broker: Broker, session: Session, tp: TopicPartition, options: WorkerOptions, clock: Clock
+        self,
+        broker: Broker,
+        session: Session,
+        tp: TopicPartition,
+        options: WorkerOptions,
+        clock: Clock,
+        stable: asyncio.Event | None = None,
     ) -> None:
+        self._stable = stable
         self._broker = broker
         self._group = session.group
         self._id = session.transactional_id(tp)
@@ -61,14 +70,24 @@ class Transactor:
         return self.checkpoint
 
     async def commit(
-        self, outputs: Mapping[TopicPartition, Sequence[Outgoing]], checkpoint: Committed
+        self,
+        outputs: Mapping[TopicPartition, Sequence[Outgoing]],
+        checkpoint: Committed,
+        is_ours: Callable[[], Awaitable[bool]],
     ) -> dict[TopicPartition, int]:
         """Write the outputs and move the checkpoint, together and once.
+
+        Args:
+            outputs: records by partition.
+            checkpoint: what to commit with them.
+            is_ours: asked after a failed attempt, when the intended checkpoint is found: whether it was committed by
+                this very transaction, and not by another worker that owned the partition meanwhile and came as far.
 
         Returns, by partition written to, the offset behind the last record, as far as the broker told.
 
         A failed attempt is never repeated blindly: the checkpoint is read again through a new producer. If it
-        has not moved, the same effects are sent again; if it is the intended one, the commit had succeeded.
+        has not moved, the same effects are sent again; if it is the intended one, the commit had succeeded. A
+        commit that moves nothing carries only notes of ours, of which the last one counts: it is sent again.
 
         Raises:
             FencedError: the partition belongs to another worker now.
@@ -84,7 +103,7 @@ class Transactor:
                 ends = await self._attempt(outputs, checkpoint)
             except BrokerError as error:
                 log.warning("%s: commit failed, reading the checkpoint again: %s", self._tp, error)
-                if await self._settled(checkpoint, give_up, error):
+                if await self._settled(checkpoint, give_up, error, is_ours):
                     break
                 await self._clock.sleep(pause * (0.5 + self._clock.random() / 2))
                 pause = min(pause * 2, _LONGEST_PAUSE)
@@ -112,13 +131,16 @@ class Transactor:
             await producer.commit_offsets(self._group, {self._tp: checkpoint})
             return await producer.end()
 
-    async def _settled(self, intended: Committed, give_up: float, cause: BrokerError) -> bool:
+    async def _settled(
+        self, intended: Committed, give_up: float, cause: BrokerError, is_ours: Callable[[], Awaitable[bool]]
+    ) -> bool:
         """Whether a failed commit took effect after all, once a new producer has settled its transaction."""
         previous = self.checkpoint
         pause = _FIRST_PAUSE
         while True:
             try:
                 found = await self.open()
+                ours = found == intended != previous and await is_ours()
             except BrokerError as error:
                 if self._clock.monotonic() > give_up:
                     raise StalledError(
@@ -128,7 +150,7 @@ class Transactor:
                 await self._clock.sleep(pause * (0.5 + self._clock.random() / 2))
                 pause = min(pause * 2, _LONGEST_PAUSE)
                 continue
-            if found == intended:
+            if ours:
                 return True
             if found != previous:
                 raise CheckpointMovedError(f"{self._tp}: expected {previous} or {intended}, found {found}")
@@ -138,6 +160,10 @@ class Transactor:
 
     async def _new_producer(self) -> None:
         await self.close()
+        if self._stable is not None:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(self._options.broker_timeout):
+                    await self._stable.wait()
         producer = self._broker.transactional_producer(self._id)
         self._producer = producer
         async with deadline(self._options.broker_timeout, f"{self._tp}: start the transactional producer"):

@@ -5,15 +5,19 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Coroutine, Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
+from decimal import Decimal
 from pathlib import Path
+from typing import Any
 
 from ..handlers.chain import Chain
+from ..handlers.context import NO_COST
 from ..handlers.executors import BlockingPool
 from ..handlers.flow import Flow, OnDone, Slots
 from ..state.clock import Clock, SystemClock
+from ..state.context import sum_costs
 from ..state.model import TopicPartition
 from ..state.store import StoreError, Stores
 from .brokers.base import AssignmentListener, Broker, Member, Moment
@@ -49,6 +53,8 @@ class WorkerStats:
     dead_letters: int = 0
     emitted: int = 0
     transactions: int = 0
+    cost: Decimal = NO_COST
+    tokens: int = 0
     partitions: set[TopicPartition] = field(default_factory=set)
 
     def add(self, tp: TopicPartition, effects: Effects) -> None:
@@ -59,6 +65,8 @@ class WorkerStats:
         self.dead_letters += effects.dead_letters
         self.emitted += effects.emitted
         self.transactions += 1
+        self.cost = sum_costs(self.cost, effects.cost)
+        self.tokens += effects.tokens
         self.partitions.add(tp)
 
 
@@ -117,6 +125,8 @@ class Worker(AssignmentListener):
         self._owners: dict[TopicPartition, asyncio.Task[None]] = {}
         self._parting: set[asyncio.Task[None]] = set()  # owners of partitions that are gone, on their way out
         self._changed = asyncio.Event()
+        self._stable = asyncio.Event()  # set while the group does not rebalance
+        self._stable.set()
         self._stopping = False
         self._rejoin = False
         self._failure: BaseException | None = None
@@ -179,6 +189,9 @@ class Worker(AssignmentListener):
 
         Partitions that came straight back go on where they were: nothing in flight is lost.
         """
+        if self._member is None:
+            return  # on its way out of the group
+        self._stable.set()
         kept = partitions & self._owners.keys() if consecutive else frozenset()
         self._epoch += 1
         log.info("assigned %s (epoch %d; %d stayed)", _names(partitions), self._epoch, len(kept))
@@ -200,6 +213,7 @@ class Worker(AssignmentListener):
         Rows in work go on: most partitions come straight back.
         """
         log.info("revoked %s", _names(partitions))
+        self._stable.clear()
         tasks = [self._tasks[tp] for tp in sorted(partitions) if tp in self._tasks]
         await _flush(tasks, goodbye=True)
         for task in tasks:
@@ -249,6 +263,7 @@ class Worker(AssignmentListener):
 
     async def _join(self) -> None:
         self._rejoin = False
+        self._stable.set()
         self._member = self._broker.member(self.session.group, self._sources)
         await self._member.join(self)
 
@@ -260,6 +275,7 @@ class Worker(AssignmentListener):
             await asyncio.wait({former}, timeout=self.options.broker_timeout)
         patience = _Patience(self._clock, self.options.stall_timeout)
         while not self._stopping and self._epochs.get(tp) == epoch:
+            await self._stable.wait()
             task = self._make_task(tp)
             patience.begin()
             try:
@@ -267,7 +283,7 @@ class Worker(AssignmentListener):
             finally:
                 if self._tasks.get(tp) is task:
                     del self._tasks[tp]
-                await task.close()
+                await _to_the_end(task.close())
             if trouble is None:
                 return
             if patience.is_over(worked=task.has_committed):
@@ -348,7 +364,7 @@ class Worker(AssignmentListener):
 
     def _make_delivery(self, tp: TopicPartition) -> Transactor | Forwarder:
         if self.options.guarantee == "exactly_once":
-            return Transactor(self._broker, self.session, tp, self.options, self._clock)
+            return Transactor(self._broker, self.session, tp, self.options, self._clock, self._stable)
         return Forwarder(self._broker, self.session, tp, self.options, lambda: self._member)
 
     def _make_flow(self, on_done: OnDone, on_error: Callable[[], None]) -> Flow:
@@ -503,11 +519,11 @@ class Worker(AssignmentListener):
 
     async def _leave(self) -> None:
         self._epoch += 1
+        member, self._member = self._member, None  # first: what it is still assigned is nobody's
         for tp in list(self._owners):
             self._part(tp)
         if self._parting:
             await asyncio.wait(self._parting, timeout=self.options.broker_timeout)
-        member, self._member = self._member, None
         if member is not None:
             await member.leave()
 
@@ -559,6 +575,23 @@ def _keeps_order(pipeline: Pipeline, chain: Chain) -> bool:
     if pipeline.ordering == "partition" or not pipeline.tables:
         return pipeline.ordering == "partition" or chain.is_sync
     return chain.is_sync and len(chain.segments) == 1 and chain.stages[0].batch is None
+
+
+async def _to_the_end(work: Coroutine[Any, Any, None]) -> None:
+    """Await something that must not be left half done, also when the caller is cancelled meanwhile."""
+    running = asyncio.create_task(work)
+    cancelled = False
+    while not running.done():
+        try:
+            await asyncio.shield(running)
+        except asyncio.CancelledError:
+            cancelled = True
+    if not cancelled or running.cancelled():
+        running.result()
+    if cancelled:
+        if error := running.exception():
+            log.debug("while letting go: %s", error)
+        raise asyncio.CancelledError
 
 
 async def _flush(tasks: Iterable[PartitionTask], *, goodbye: bool = False) -> None:

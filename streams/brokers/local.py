@@ -8,8 +8,12 @@ What is kept after what: a killed process loses nothing that was acknowledged, w
 After a power cut ``normal`` (the default) may lose the newest transactions, as a whole and in order, ``full``
 none, for one disk flush per commit; with ``off`` the file itself may break.
 
-Compacted topics (``cleanup.policy=compact``) keep all their records, and no retention applies to them: there
-is no compaction yet. Group offsets never expire.
+Topics with ``cleanup.policy=compact`` keep the newest record of each key, at its offset, and every record without
+a key; with ``compact,delete`` retention applies to them as well. A deletion (a null value) stays for at least
+``delete.retention.ms`` (a day) after the compaction that met it first, so that readers on their way see it. The
+newest batch is left alone. A partition is compacted in the background once as much was added as it had kept, and at
+least 1 MiB: it takes about twice its live records. Kafka's other settings of compaction have no effect. Group offsets
+never expire.
 """
 
 from __future__ import annotations
@@ -25,8 +29,9 @@ from weakref import WeakSet
 from ...state.clock import Clock
 from ...state.errors import ConfigError, RowmillError
 from ...state.model import Committed, TopicPartition
-from ..errors import GroupBusyError, TopicError
+from ..errors import GroupBusyError, OffsetOutOfRangeError, TopicError
 from .base import Broker, BrokerInfo, Moment, TopicInfo, TopicSpec
+from .local_compact import compact
 from .local_group import served_groups
 from .local_producer import LocalProducer, LocalTransactionalProducer
 from .local_reader import LocalMember, LocalReader
@@ -40,10 +45,12 @@ _log = logging.getLogger(__name__)
 _SCHEME = "local://"
 _NAME = re.compile(r"[a-zA-Z0-9._-]{1,249}")
 _MAX_PARTITIONS = 10_000
-_NUMBERS = ("retention.ms", "retention.bytes", "max.message.bytes")
+_NUMBERS = ("retention.ms", "retention.bytes", "max.message.bytes", "delete.retention.ms")
 _SYNCHRONOUS = ("off", "normal", "full", "extra")
 
 _TRIM_EVERY_S = 60.0
+_DELETE_RETENTION_MS = 86_400_000
+_COMPACT_BYTES = 1 << 20
 _CLOSE_S = 2.0
 
 
@@ -66,6 +73,7 @@ class LocalBroker(Broker):
     than 64 MiB are in use.
     """
 
+    folder: Path
     default_partitions = 4
     max_message_bytes = 1_048_576
 
@@ -89,13 +97,14 @@ class LocalBroker(Broker):
         self.folder = Path(path).expanduser().absolute()
         self._clock = clock
         self._retention = {"retention.ms": retention_ms, "retention.bytes": retention_bytes}
-        options = StoreOptions(self.folder, synchronous, max_bytes, lock_timeout)
-        self._writes = _StoreThread(LogStore(options), "rowmill-local-write")
-        self._reads = _StoreThread(LogStore(options), "rowmill-local-read")
+        self._options = StoreOptions(self.folder, synchronous, max_bytes, lock_timeout)
+        self._writes = _StoreThread(LogStore(self._options), "rowmill-local-write")
+        self._reads = _StoreThread(LogStore(self._options), "rowmill-local-read")
         self._topics: dict[str, StoredTopic] = {}
         self._open: WeakSet[LocalReader] = WeakSet()
         self._trimming: asyncio.Task[None] | None = None
         self._trimmed_at = 0.0
+        self._compacting = asyncio.Lock()  # two passes over one log would only get into each other's way
 
     async def start(self) -> None:
         """Open the file, or make it."""
@@ -113,6 +122,7 @@ class LocalBroker(Broker):
             reader.abandon()
         if self._trimming is not None:
             self._trimming.cancel()
+            await asyncio.wait([self._trimming])  # it may have a connection of its own
         # One after the other: SQLite tidies up when the last connection closes, and two at once both think that
         # the other one is still there.
         await self._reads.stop()
@@ -278,10 +288,13 @@ class LocalBroker(Broker):
             _log.warning("could not drop old records (tried again in a minute): %s", error)
 
     async def trim(self) -> None:
-        """Drop records that are past their topic's retention. Batches go as a whole, the oldest first."""
+        """Drop records that are past their topic's retention (batches as a whole, the oldest first), and compact.
+
+        Only partitions for which it is worth while are compacted; see the module.
+        """
         await self._sweep()
         for topic in await self._reads.call(LogStore.topics):
-            if "delete" not in topic.config.get("cleanup.policy", "delete"):
+            if "delete" not in _policy(topic):
                 continue
             age, size = (self._limit(topic, name) for name in ("retention.ms", "retention.bytes"))
             if age is None and size is None:
@@ -289,7 +302,41 @@ class LocalBroker(Broker):
             for log in await self._reads.call(LogStore.log_ids, topic.name):
                 while await self._writes.call(LogStore.trim, Retention(log, age, size), self.now_ms()):
                     pass
+        await self._compact(_COMPACT_BYTES)
         await self._writes.call(LogStore.shrink)
+
+    async def compact(self) -> None:
+        """Compact all topics that are to be compacted now, however little was added to them.
+
+        A partition that another process compacts at this moment is left to it.
+        """
+        await self._compact(None)
+
+    async def _compact(self, least_bytes: int | None) -> None:
+        async with self._compacting:
+            await self._compact_those_due(least_bytes)
+
+    async def _compact_those_due(self, least_bytes: int | None) -> None:
+        topics = [topic for topic in await self._reads.call(LogStore.topics) if "compact" in _policy(topic)]
+        due = [
+            (log, _number(topic.name, topic.config, "delete.retention.ms"))
+            for topic in topics
+            for log in await self._reads.call(LogStore.logs_to_compact, topic.name, least_bytes)
+        ]
+        if not due:
+            return
+        # On a thread of its own, so that nobody's fetch waits while records are sifted.
+        sifting = _StoreThread(LogStore(self._options), "rowmill-local-compact")
+        await sifting.start()
+        try:
+            for log, keep_ms in due:
+                keep_ms = _DELETE_RETENTION_MS if keep_ms is None else keep_ms
+                try:
+                    await compact(log, sifting, self._writes, self.now_ms(), keep_ms)
+                except OffsetOutOfRangeError as error:  # damaged: the others are worth compacting all the same
+                    _log.warning("cannot compact: %s", error)
+        finally:
+            await sifting.stop()
 
     def _limit(self, topic: StoredTopic, name: str) -> int | None:
         own = _number(topic.name, topic.config, name)
@@ -322,6 +369,10 @@ class _StoreThread:
     async def stop(self) -> None:
         if not await self._thread.stop(self._store.close, _CLOSE_S):
             _log.warning("%s: a call hangs on the disk; the thread is left behind", self._thread.name)
+
+
+def _policy(topic: StoredTopic) -> str:
+    return topic.config.get("cleanup.policy", "delete")
 
 
 def _number(topic: str, config: Mapping[str, str], name: str) -> int | None:

@@ -8,11 +8,16 @@ loop: 1k records/s in either direction with a row per record, 150k and more with
 Layout, little-endian: a head (version, flags, count, length, CRC-32 of the body), then the body: timestamps
 (i64), keys, values, and where a record has headers: how many each has, the distinct names, an index into these
 per header, the headers' values. A column of optional bytes is its lengths (i32, -1 for None), then the bytes.
+
+Records of a dense blob (version 1) have the offsets from its base on, one after another. A sparse one (version 2)
+is what compaction left of a stretch of the log: before the timestamps it has how many offsets it covers (i64), the
+number of stamps (u32), each record's offset less the base (i64), then the stamps: pairs of a tombstone's offset
+less the base and the time of the compaction that met it first (i64). It may cover offsets and hold no record.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from itertools import accumulate, chain, pairwise, repeat
 from operator import add
@@ -22,13 +27,17 @@ from zlib import crc32
 
 from ...state.model import Headers, Outgoing, StoredRecord
 
-VERSION = 1
+_DENSE, _SPARSE = 1, 2
 MAX_BATCH_RECORDS = 1_000
 MAX_BATCH_BYTES = 1 << 20
 """A longer run is cut: what a reader decodes in one go, and keeps when it was asked for less, is bounded."""
 
 _HEAD = Struct("<BBxxIII")
+_SPAN = Struct("<qI")
 _HAS_HEADERS = 1
+_NO_TIME = -(1 << 63)
+
+HEAD_BYTES = _HEAD.size
 
 # The class's own constructor is Python code; this is the same tuple built in C (139 ns instead of 236).
 _new_record = partial(tuple.__new__, StoredRecord)
@@ -39,7 +48,7 @@ class DamagedBatchError(ValueError):
 
 
 class Batch(NamedTuple):
-    """An encoded run of records: how many, the largest timestamp in milliseconds, the blob."""
+    """An encoded run: how many offsets it covers (dense: its records), the largest timestamp in ms, the blob."""
 
     records: int
     newest: int
@@ -84,11 +93,34 @@ class Columns:
             else:
                 yield low, high
 
-    def _encode(self, low: int, high: int) -> Batch:
+    def sparse_batches(
+        self, base: int, offsets: Sequence[int], end: int, stamps: Mapping[int, int]
+    ) -> list[tuple[int, Batch]]:
+        """All records at these offsets, in runs that cover everything from ``base`` to ``end``, with their bases."""
+        cuts = list(self._cuts(0, len(self))) or [(0, 0)]
+        bases = [base, *(offsets[low] for low, _ in cuts[1:]), end]
+        return [
+            (start, self._encode_at(low, high, start, offsets[low:high], after, stamps))
+            for (low, high), (start, after) in zip(cuts, pairwise(bases), strict=True)
+        ]
+
+    def _encode_at(
+        self, low: int, high: int, base: int, offsets: Sequence[int], end: int, stamps: Mapping[int, int]
+    ) -> Batch:
+        own = [number for offset in offsets if offset in stamps for number in (offset - base, stamps[offset])]
+        if high - low == end - base and not own:
+            return self._encode(low, high)
+        gaps = _SPAN.pack(end - base, len(own) // 2) + pack(
+            f"<{len(offsets) + len(own)}q", *(offset - base for offset in offsets), *own
+        )
+        return self._encode(low, high, end - base, gaps)
+
+    def _encode(self, low: int, high: int, span: int | None = None, gaps: bytes = b"") -> Batch:
         count = high - low
         timestamps = self.timestamps[low:high]
         headers = self.headers[low:high]
         parts = [
+            gaps,
             pack(f"<{count}q", *timestamps),
             *_pack_column(self.keys[low:high]),
             *_pack_column(self.values[low:high]),
@@ -98,8 +130,8 @@ class Columns:
             flags = _HAS_HEADERS
             parts += _pack_headers(headers)
         body = b"".join(parts)
-        head = _HEAD.pack(VERSION, flags, count, len(body), crc32(body))
-        return Batch(count, max(timestamps), head + body)
+        head = _HEAD.pack(_SPARSE if gaps else _DENSE, flags, count, len(body), crc32(body))
+        return Batch(count if span is None else span, max(timestamps, default=_NO_TIME), head + body)
 
 
 def decode(data: bytes, topic: str, partition: int, base: int) -> list[StoredRecord]:
@@ -111,37 +143,104 @@ def decode(data: bytes, topic: str, partition: int, base: int) -> list[StoredRec
     records: list[StoredRecord] = []
     at = 0
     while at < len(data):
-        flags, count, at, after = _open(data, at)
+        blob = _open(data, at)
+        count, at = blob.records, blob.columns
         timestamps = unpack_from(f"<{count}q", data, at)
         keys, at = _unpack_column(data, at + 8 * count, count)
         values, at = _unpack_column(data, at, count)
-        headers = _unpack_headers(data, at, count) if flags & _HAS_HEADERS else repeat(())
-        offsets = range(base + len(records), base + len(records) + count)
+        headers = _unpack_headers(data, at, count) if blob.flags & _HAS_HEADERS else repeat(())
+        offsets = range(base, base + count) if blob.span == count else map(base.__add__, blob.offsets)
         records += map(
             _new_record, zip(repeat(topic), repeat(partition), offsets, timestamps, keys, values, headers)
         )  # fmt: skip
-        at = after
+        base += blob.span
+        at = blob.after
     return records
 
 
+def decode_keys(data: bytes, base: int) -> list[tuple[bytes | None, int]]:
+    """The keys of all records, and their offsets: a quarter of the price of ``decode``.
+
+    Raises:
+        DamagedBatchError: as ``decode``.
+    """
+    found: list[tuple[bytes | None, int]] = []
+    at = 0
+    while at < len(data):
+        blob = _open(data, at)
+        keys, _ = _unpack_column(data, blob.columns + 8 * blob.records, blob.records)
+        found += zip(keys, map(base.__add__, blob.offsets), strict=True)
+        base += blob.span
+        at = blob.after
+    return found
+
+
 def first_at(data: bytes, timestamp: int) -> int:
-    """The index of the first record with such a timestamp or a later one; the count if there is none."""
-    _, count, at, _ = _open(data, 0)
-    timestamps = unpack_from(f"<{count}q", data, at)
-    return next((index for index, found in enumerate(timestamps) if found >= timestamp), count)
+    """How far behind the base the first record with such a timestamp or a later one is; the span if there is none."""
+    blob = _open(data, 0)
+    timestamps = unpack_from(f"<{blob.records}q", data, blob.columns)
+    return next((at for at, found in zip(blob.offsets, timestamps, strict=True) if found >= timestamp), blob.span)
 
 
-def _open(data: bytes, at: int) -> tuple[int, int, int, int]:
-    """Flags, count, where the body begins and where it ends, after checking that it is whole."""
+class Survey(NamedTuple):
+    """What compaction needs to know of blobs end to end, besides their records.
+
+    ``heads`` are all their heads, checksums and all: as good as the blobs to see whether they are still the same.
+    """
+
+    heads: bytes
+    blobs: int
+    stamps: dict[int, int]
+
+
+def survey(data: bytes, base: int) -> Survey:
+    """Look the blobs over, the first of which begins at offset ``base``.
+
+    Raises:
+        DamagedBatchError: as ``decode``.
+    """
+    heads: list[bytes] = []
+    stamps: dict[int, int] = {}
+    at = 0
+    while at < len(data):
+        blob = _open(data, at)
+        heads.append(data[at : at + HEAD_BYTES])
+        if blob.stamps:
+            numbers = unpack_from(f"<{2 * blob.stamps}q", data, blob.columns - 16 * blob.stamps)
+            stamps.update(zip(map(base.__add__, numbers[::2]), numbers[1::2], strict=True))
+        base += blob.span
+        at = blob.after
+    return Survey(b"".join(heads), len(heads), stamps)
+
+
+class _Blob(NamedTuple):
+    """An opened blob: where its columns begin and it ends, and which offsets behind its base its records have."""
+
+    flags: int
+    records: int
+    columns: int
+    after: int
+    span: int
+    offsets: Sequence[int]
+    stamps: int
+
+
+def _open(data: bytes, at: int) -> _Blob:
+    """Look at one blob, after checking that it is whole."""
     if len(data) - at < _HEAD.size:
         raise DamagedBatchError("it is cut short")
     version, flags, count, length, checksum = _HEAD.unpack_from(data, at)
     start = at + _HEAD.size
-    if version != VERSION or length > len(data) - start or count * 16 > length:
+    if version not in {_DENSE, _SPARSE} or length > len(data) - start or count * 16 > length:
         raise DamagedBatchError("its head makes no sense")
     if crc32(memoryview(data)[start : start + length]) != checksum:
         raise DamagedBatchError("its checksum does not fit")
-    return flags, count, start, start + length
+    if version == _DENSE:
+        return _Blob(flags, count, start, start + length, count, range(count), 0)
+    span, stamps = _SPAN.unpack_from(data, start)
+    offsets = start + _SPAN.size
+    columns = offsets + 8 * count + 16 * stamps
+    return _Blob(flags, count, columns, start + length, span, unpack_from(f"<{count}q", data, offsets), stamps)
 
 
 def _lengths(items: Sequence[bytes | None]) -> list[int]:

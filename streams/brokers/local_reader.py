@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+from bisect import bisect_left
 from collections.abc import Collection, Mapping, Sequence
+from operator import attrgetter
 from typing import TYPE_CHECKING
 
 from ...state.model import Committed, Record, StoredRecord, TopicPartition
@@ -16,11 +18,13 @@ from .local_store import LogStore, Piece, ReadPlan, damaged
 if TYPE_CHECKING:
     from .local import LocalBroker
 
+_offset = attrgetter("offset")
+
 _FIRST_POLL_S, _LAST_POLL_S = 0.005, 0.05
 
 
 class LocalReader(Reader):
-    """Reads partitions of the embedded broker. Records are dense: there are no gaps to move over."""
+    """Reads partitions of the embedded broker. Only compaction makes gaps."""
 
     def __init__(self, broker: LocalBroker) -> None:
         self._broker = broker
@@ -112,6 +116,9 @@ class LocalReader(Reader):
         for index, cursor in enumerate(sorted(ready, key=lambda cursor: len(cursor.ahead))):
             taken[cursor.tp] = cursor.take(max_records // (len(ready) - index))
             max_records -= len(taken[cursor.tp])
+        for cursor in cursors:
+            if cursor.has_skipped() and self._cursors.get(cursor.tp) is cursor:
+                taken.setdefault(cursor.tp, [])
         return taken
 
     async def _news(self, version: int | None, deadline: float) -> bool:
@@ -136,35 +143,44 @@ class LocalReader(Reader):
 
 
 class _Cursor:
-    """Where a reader is in one partition, and the records it has decoded beyond that."""
+    """Where a reader is in one partition, and the records it has decoded beyond that, all those below ``reach``."""
 
-    __slots__ = ("ahead", "log", "position", "tp")
+    __slots__ = ("ahead", "log", "position", "reach", "skipped", "tp")
 
     def __init__(self, tp: TopicPartition, log: int, position: int) -> None:
         self.tp = tp
         self.log = log
-        self.position = position
-        self.ahead: list[StoredRecord] = []
+        self.seek(position)
 
     def plan(self) -> ReadPlan:
-        return ReadPlan(self.tp, self.log, self.position + len(self.ahead))
+        return ReadPlan(self.tp, self.log, self.reach)
 
     def seek(self, offset: int) -> None:
-        self.position = offset
-        self.ahead = []
+        self.position = self.reach = offset
+        self.ahead: list[StoredRecord] = []
+        self.skipped = False
 
     def extend(self, piece: Piece) -> None:
         try:
             records = decode(piece.data, *self.tp, piece.base)
         except DamagedBatchError as error:
             raise damaged(self.tp, piece.base, error) from error
-        skip = self.position + len(self.ahead) - piece.base
+        skip = bisect_left(records, self.reach, key=_offset) if self.reach > piece.base else 0
         self.ahead += records[skip:] if skip else records
+        self.reach = piece.end
+        if not self.ahead:
+            self.position = piece.end
+            self.skipped = True
 
     def take(self, most: int) -> list[StoredRecord]:
         taken, self.ahead = self.ahead[:most], self.ahead[most:]
-        self.position += len(taken)
+        self.position = self.ahead[0].offset if self.ahead else self.reach
         return taken
+
+    def has_skipped(self) -> bool:
+        """Whether the position moved over a gap without any record, since this was asked last."""
+        skipped, self.skipped = self.skipped, False
+        return skipped
 
 
 class LocalMember(LocalReader, Member):

@@ -29,8 +29,22 @@ from ..errors import (
     TopicError,
 )
 from .base import Moment
-from .local_batch import Batch, DamagedBatchError, first_at
-from .local_schema import APPEND, BATCH_BEFORE, COMMIT_OFFSET, JOINED, REACH, SCHEMA, SCHEMA_VERSION, SHIFT
+from .local_batch import HEAD_BYTES, Batch, DamagedBatchError, first_at
+from .local_schema import (
+    AFTER_REWRITE,
+    APPEND,
+    BATCH_BEFORE,
+    COMMIT_OFFSET,
+    HEADS,
+    JOINED,
+    LOGS_TO_COMPACT,
+    MARK_CLEAN,
+    REACH,
+    SCHEMA,
+    SCHEMA_VERSION,
+    SHIFT,
+    UPGRADE,
+)
 
 T = TypeVar("T")
 
@@ -71,10 +85,11 @@ class ReadPlan(NamedTuple):
 
 
 class Piece(NamedTuple):
-    """What it gets: encoded batches, of which the first begins at offset ``base`` (at or before the wish)."""
+    """What it gets: encoded batches that cover the offsets from ``base`` (at or before the wish) up to ``end``."""
 
     tp: TopicPartition
     base: int
+    end: int
     data: bytes
 
 
@@ -84,6 +99,30 @@ class Retention(NamedTuple):
     log: int
     max_age_ms: int | None
     max_bytes: int | None
+
+
+class LogToCompact(NamedTuple):
+    """A log to be compacted: it is compacted below ``clean``, and the newest batch begins at ``active``."""
+
+    tp: TopicPartition
+    log: int
+    start: int
+    clean: int
+    active: int
+
+
+class Rewrite(NamedTuple):
+    """What compaction puts in the place of a log's batches from ``base`` to ``end``, if they have these heads still.
+
+    ``latest`` is the latest time before them. Each batch comes with its own base.
+    """
+
+    log: int
+    base: int
+    end: int
+    heads: bytes
+    latest: int
+    batches: Sequence[tuple[int, Batch]]
 
 
 class Write(NamedTuple):
@@ -149,10 +188,11 @@ class LogStore:
     def _make_schema(self) -> None:
         db = self._db
         self._check_version()
-        if _one(db, "PRAGMA user_version") == 0:
+        if _one(db, "PRAGMA user_version") < SCHEMA_VERSION:
             with self._writing():
-                if _one(db, "PRAGMA user_version") == 0:  # nobody else was faster
-                    for statement in _statements(SCHEMA):
+                found = _one(db, "PRAGMA user_version")  # somebody else may have been faster
+                if found < SCHEMA_VERSION:
+                    for statement in _statements(UPGRADE if found else SCHEMA):
                         db.execute(statement)
                     db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
         self._check_version()
@@ -314,7 +354,11 @@ class LogStore:
                 left, end = left - size, key + count
             if end > low:
                 self._db.execute("DELETE FROM batch WHERE id >= ? AND id < ?", (low, end))
-                self._db.execute("UPDATE log SET start = ?, bytes = ? WHERE id = ?", (end - low, left, retention.log))
+                self._db.execute(
+                    "UPDATE log SET start = ?1, clean_bytes = max(clean_bytes - (bytes - ?2), 0), bytes = ?2 "
+                    "WHERE id = ?3",
+                    (end - low, left, retention.log),
+                )
         return len(front) == _FRONT and end == front[-1][0] + front[-1][1]
 
     def shrink(self) -> None:
@@ -331,6 +375,72 @@ class LogStore:
     def log_ids(self, topic: str) -> list[int]:
         """The numbers of a topic's logs."""
         return [row[0] for row in self._db.execute("SELECT id FROM log WHERE topic = ?", (topic,))]
+
+    # -- compaction: what the steps of local_compact ask for --------------------------------------------
+
+    def logs_to_compact(self, topic: str, least_bytes: int | None) -> list[LogToCompact]:
+        """The topic's logs to which as much was added as compaction had left, and no less than that; None for all."""
+        return [
+            LogToCompact(TopicPartition(topic, partition), log, start, clean, active)
+            for log, partition, start, clean, active in self._db.execute(LOGS_TO_COMPACT, (topic, least_bytes))
+            if active is not None and clean < active
+        ]
+
+    def stretch(self, plan: ReadPlan, end: int, room: int) -> tuple[Piece, int] | None:
+        """Batches from the wish on that begin before ``end``, and the latest time before them.
+
+        The first, and then as long as ``room`` bytes are not full. None when the log is not what it was: trimmed,
+        or deleted.
+        """
+        low, _ = _ids(plan.log)
+        with self._reading():
+            row = self._db.execute("SELECT start FROM log WHERE id = ? AND topic NOT NULL", (plan.log,)).fetchone()
+            if row is None or row[0] > plan.offset:
+                return None
+            piece = self._piece(plan, end - plan.offset, room)
+            before = self._db.execute(
+                "SELECT latest FROM batch WHERE id >= ? AND id < ? ORDER BY id DESC LIMIT 1", (low, low + piece.base)
+            ).fetchone()
+        return piece, before[0] if before else -1
+
+    def rewrite(self, new: Rewrite) -> bool:
+        """Put a log's batches into the place of others; False when those are not there any more as they were.
+
+        So two processes that compact the same log do no harm: what one of them read before the other wrote, it
+        does not write.
+        """
+        db, (low, _), latest = self._db, _ids(new.log), new.latest
+        stretch = (low + new.base, low + new.end)
+        with self._above_cap(), self._writing():
+            (heads,) = db.execute(HEADS, (HEAD_BYTES, *stretch)).fetchone()
+            if heads != new.heads:
+                return False
+            log = db.execute("SELECT next, latest, bytes FROM log WHERE id = ?", (new.log,)).fetchone()
+            (saved,) = db.execute("SELECT sum(size) FROM batch WHERE id >= ? AND id < ?", stretch).fetchone()
+            db.execute("DELETE FROM batch WHERE id >= ? AND id < ?", stretch)
+            for base, (span, newest, data) in new.batches:
+                latest, saved = max(latest, newest), saved - len(data)
+                db.execute(
+                    "INSERT INTO batch VALUES (?, ?, ?, ?, ?, ?)", (low + base, span, len(data), newest, latest, data)
+                )
+            # The trigger took these for new ones at the end.
+            db.execute(
+                AFTER_REWRITE,
+                {
+                    "next": log[0],
+                    "latest": log[1],
+                    "bytes": log[2] - saved,
+                    "saved": saved,
+                    "end": new.end,
+                    "log": new.log,
+                },
+            )
+        return True
+
+    def mark_clean(self, log: int, offset: int) -> None:
+        """The log is compacted below ``offset``."""
+        with self._writing():
+            self._db.execute(MARK_CLEAN, (offset, log))
 
     # -- writing ---------------------------------------------------------------------------------------
 
@@ -470,7 +580,8 @@ class LogStore:
         first = self._db.execute(BATCH_BEFORE, (wanted,)).fetchone()[0]
         (end,) = self._db.execute(REACH, (first, wanted + share, room)).fetchone()
         (data,) = self._db.execute(JOINED, (first, end)).fetchone()
-        return Piece(plan.tp, first - (plan.log << SHIFT), data)
+        low = plan.log << SHIFT
+        return Piece(plan.tp, first - low, end - low, data)
 
     def offsets(self, partitions: Collection[TopicPartition], at: Moment) -> dict[TopicPartition, int]:
         """Where that moment is in each partition."""

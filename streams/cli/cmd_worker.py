@@ -15,6 +15,7 @@ from .parser import (
     add_commits,
     add_no_create,
     add_partitions,
+    add_state_dir,
     seconds,
     whole_number,
 )
@@ -69,6 +70,14 @@ def add_parser(commands: Commands) -> None:
         help="give up when a partition cannot commit for so long (default: %(default)g s)",
     )
     parser.add_argument(
+        "--guarantee",
+        choices=["exactly-once", "at-least-once"],
+        default="exactly-once",
+        help="at-least-once sends results as rows complete, for latency; after a crash some come again "
+        "(default: %(default)s)",
+    )
+    add_state_dir(parser)
+    parser.add_argument(
         "--threads",
         metavar="N",
         type=whole_number(1),
@@ -101,6 +110,8 @@ def _options(args: argparse.Namespace) -> WorkerOptions:
         drain_timeout=args.drain_timeout,
         stall_timeout=args.stall_timeout,
         threads=args.threads,
+        guarantee=args.guarantee.replace("-", "_"),
+        state_dir=args.state_dir,
         create_topics=not args.no_create_topics,
         partitions=args.partitions,
     )

@@ -143,6 +143,16 @@ def add_commits(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_state_dir(parser: argparse.ArgumentParser) -> None:
+    """``--state-dir``."""
+    parser.add_argument(
+        "--state-dir",
+        metavar="DIR",
+        help="where tables are kept; workers of one machine may share it (default: state in the embedded broker's "
+        "folder, else .rowmill/state)",
+    )
+
+
 def whole_number(least: int) -> Callable[[str], int]:
     """An option's type: a whole number, underscores allowed as in Python."""
 

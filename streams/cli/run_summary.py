@@ -40,11 +40,15 @@ def _headline(outcome: RunOutcome, pipeline: str) -> str:
 
 
 def _counts(outcome: RunOutcome) -> list[tuple[str, str]]:
+    costs = outcome.costs
+    spent = [("cost", f"{costs.total_cost:,f}")] if costs.total_cost else []
+    spent += [("tokens", f"{costs.total_tokens:,}")] if costs.total_tokens else []
     return [
         ("rows in", f"{outcome.rows:,}"),
         ("results", f"{outcome.results:,}"),
         ("dropped", f"{outcome.dropped:,}"),
         ("dead letters", f"{outcome.failed:,}"),
+        *spent,
     ]
 
 
@@ -93,6 +97,8 @@ def summary_json(outcome: RunOutcome, pipeline: str, output: str | None, broker:
         "results": outcome.results,
         "dropped": outcome.dropped,
         "dead_letters": outcome.failed,
+        "cost": str(outcome.costs.total_cost),
+        "tokens": outcome.costs.total_tokens,
         "rows_here": outcome.rows_here,
         "seconds": round(outcome.seconds, 3),
         "rows_per_second": round(outcome.rows_here / outcome.seconds, 1) if outcome.seconds else None,

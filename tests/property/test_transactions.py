@@ -18,6 +18,11 @@ IN, OUT = TopicPartition("in", 0), TopicPartition("out", 0)
 STEPS: list[Step] = ["start", "begin", "send", "ack", "offsets", "end", "committed"]
 
 
+async def ours() -> bool:
+    """Every commit that is found is this transactor's."""
+    return True
+
+
 class Script(NamedTuple):
     """A fault to be put in."""
 
@@ -46,7 +51,7 @@ def test_exactly_once(scripts: list[Script], markers: bool) -> None:
         for script in scripts:
             broker.inject(script.step, lost(), took_effect=script.took_effect, skip=script.skip, times=script.times)
         for n in range(5):
-            await transactor.commit({OUT: [Outgoing(None, b"%d" % n, 0)]}, Committed(n + 1))
+            await transactor.commit({OUT: [Outgoing(None, b"%d" % n, 0)]}, Committed(n + 1), ours)
 
     asyncio.run(run())
     assert broker.values("out") == [b"0", b"1", b"2", b"3", b"4"]

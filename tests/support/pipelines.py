@@ -75,3 +75,47 @@ async def wait_some(row: dict[str, Any]) -> dict[str, Any]:
     called(row)
     await asyncio.sleep(0.5 if row["n"] % 50 == 0 else 0.002 + row["n"] % 7 * 0.001)
     return row
+
+
+counted = Pipeline(f"{NAME}-counted", source=f"{NAME}-counted", sink=f"{NAME}-counted.out").table("counts")
+
+
+@counted.stage(concurrency=20)
+async def count(row: dict[str, Any], ctx: Any) -> dict[str, Any]:
+    """Numbers the rows of each key, and counts all rows and their cost; every thirteenth fails after it wrote."""
+    called(row)
+    table = ctx.table("counts")
+    number = table.get(ctx.key, 0) + 1
+    table.add("all")
+    ctx.add_cost("0.1", tokens=3)
+    await asyncio.sleep(0.001 + row["n"] % 7 * 0.001)
+    if row["n"] % 13 == 0:
+        table.put("failed", row["n"])
+        raise ValueError("thirteen")
+    table.put(ctx.key, number)
+    return {**row, "number": number}
+
+
+deadly = Pipeline(f"{NAME}-deadly", source=f"{NAME}-deadly", sink=f"{NAME}-deadly.out")
+
+
+@deadly.stage(concurrency=10)
+async def survive(row: dict[str, Any]) -> dict[str, Any]:
+    """Row 13 ends the process, as a crash of a native library does."""
+    called(row)
+    await asyncio.sleep(0.005)
+    if row["n"] == 13:
+        os._exit(9)
+    return row
+
+
+deadly_plain = Pipeline(f"{NAME}-plain", source=f"{NAME}-plain", sink=f"{NAME}-plain.out")
+
+
+@deadly_plain.stage
+def survive_plainly(row: dict[str, Any]) -> dict[str, Any]:
+    """The same in a chain of plain functions."""
+    called(row)
+    if row["n"] == 13:
+        os._exit(9)
+    return row

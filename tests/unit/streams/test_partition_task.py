@@ -71,7 +71,7 @@ class Bench:
         await catalog.require(["in", "out", "p.dlq"])
         session, settings, clock = (
             Session("p"),
-            WorkerOptions(**{"commit_interval": 0.0, **options}),
+            WorkerOptions(**{"commit_interval": 0.0, "max_deaths": 0, **options}),
             clock or SystemClock(),
         )
 

@@ -53,10 +53,15 @@ def hasty(broker: FakeBroker, clock: FakeClock) -> Transactor:
     return Transactor(broker, SESSION, IN, HASTY, clock)
 
 
+async def ours() -> bool:
+    """Every commit that is found is this transactor's."""
+    return True
+
+
 async def commit(transactor: Transactor, number: int) -> None:
     """Commit the effects of row ``number``: a record in each partition of the sink."""
     outputs = {tp: [Outgoing(None, b"%d" % number, 0)] for tp in OUT}
-    await transactor.commit(outputs, Committed(number + 1, f"map {number}"))
+    await transactor.commit(outputs, Committed(number + 1, f"map {number}"), ours)
 
 
 def exact(broker: FakeBroker, count: int) -> None:
@@ -245,9 +250,9 @@ async def test_a_refusal_is_no_failure(broker: FakeBroker, transactor: Transacto
     """Records that the broker refuses for good are an error at once; nothing of the transaction appears."""
     await transactor.open()
     with pytest.raises(TopicError):
-        await transactor.commit({OUT[0]: [Outgoing(None, b"x" * 2_000_000, 0)]}, Committed(1))
+        await transactor.commit({OUT[0]: [Outgoing(None, b"x" * 2_000_000, 0)]}, Committed(1), ours)
     with pytest.raises(TopicError):
-        await transactor.commit({TopicPartition("absent", 0): [Outgoing(None, b"x", 0)]}, Committed(1))
+        await transactor.commit({TopicPartition("absent", 0): [Outgoing(None, b"x", 0)]}, Committed(1), ours)
     await transactor.open()
     await commit(transactor, 0)
     exact(broker, 1)
@@ -302,7 +307,7 @@ async def test_producers_are_closed(
 async def test_offsets_alone(broker: FakeBroker, transactor: Transactor) -> None:
     """Rows without effects move the checkpoint all the same."""
     await transactor.open()
-    await transactor.commit({}, Committed(9))
+    await transactor.commit({}, Committed(9), ours)
     assert broker.group_offsets[GROUP] == {IN: Committed(9)}
     assert broker.values("out") == []
 

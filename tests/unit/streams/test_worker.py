@@ -382,7 +382,7 @@ async def test_revoked_partitions_are_flushed(bench: Bench) -> None:
     """What is done when a partition is revoked is committed first, although its interval is not over."""
     async with bench.running(commit_interval=3_600.0) as worker:
         await until(lambda: sum(task.low_watermark for task in worker._tasks.values()) == 150)
-        assert bench.broker.commits == 0
+        assert bench.broker.values("out") == []
         owners = dict(worker._owners)
         await worker.revoked(frozenset(bench.tps))
         bench.exact()

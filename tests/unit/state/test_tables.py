@@ -1,0 +1,301 @@
+"""Tables: what rows see of each other, what a commit carries, and what reaches the store when."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from rowmill.state.codec import dumps, loads
+from rowmill.state.errors import BadRowError, ConfigError
+from rowmill.state.memory import MemoryStore
+from rowmill.state.model import StoredRecord
+from rowmill.state.table import RowTables, TableSpec
+from rowmill.state.tables import Layer, PartitionTables, TableUpdateError
+
+NOW = 1_750_000_000_000
+SPECS = {"counts": TableSpec("counts"), "seen": TableSpec("seen", ttl_ms=10_000)}
+
+
+class Bench:
+    """A partition's tables over a store that tests may look into."""
+
+    def __init__(self, content: dict[bytes, bytes] | None = None) -> None:
+        self.content = {} if content is None else content
+        self.tables = PartitionTables(MemoryStore(content=self.content), SPECS)
+
+    def row(self, time_ms: int = NOW) -> RowTables:
+        """A row that begins now."""
+        return self.tables.view(self.tables, time_ms)
+
+    def complete(self, row: RowTables) -> None:
+        """The row is done."""
+        self.tables.settle(row.operations)
+        self.tables.pass_time(row.time_ms)
+
+    def put(self, table: str, key: str, value: Any, time_ms: int = NOW) -> None:
+        """A whole row that sets one entry."""
+        row = self.row(time_ms)
+        row.table(table).put(key, value)
+        self.complete(row)
+
+    def commit(self, position: int | None = None) -> dict[bytes, bytes | None]:
+        """A whole commit; the changelog records' keys and values."""
+        taken = self.tables.take()
+        records = self.tables.records(taken, NOW)
+        self.tables.written(position)
+        self.tables.forget_taken()
+        return {record.key or b"": record.value for record in records}
+
+
+@pytest.fixture
+def bench() -> Bench:
+    """Fresh tables."""
+    return Bench()
+
+
+def test_a_row_sees_its_own_writes(bench: Bench) -> None:
+    """What a row puts or deletes it reads back at once, by key, by prefix, and as an absence."""
+    bench.put("counts", "a", 1)
+    table = bench.row().table("counts")
+    table.put("b", {"deep": [1, 2]})
+    table.delete("a")
+    assert (table.get("a"), table.get("a", 7), table.get("b")) == (None, 7, {"deep": [1, 2]})
+    assert table.scan() == [("b", {"deep": [1, 2]})]
+    assert list(table) == ["b"]
+    assert "b" in table
+    assert "a" not in table
+
+
+def test_values_are_copies(bench: Bench) -> None:
+    """Changing what was put or got changes nothing in the table."""
+    value = {"list": [1]}
+    table = bench.row().table("counts")
+    table.put("k", value)
+    value["list"].append(2)
+    table.get("k")["list"].append(3)
+    assert table.get("k") == {"list": [1]}
+
+
+def test_rows_at_once_are_isolated(bench: Bench) -> None:
+    """A row in work sees nothing of another one in work, and all of it once that one is complete."""
+    first, second = bench.row(), bench.row()
+    first.table("counts").put("k", 1)
+    assert second.table("counts").get("k") is None
+    bench.complete(first)
+    assert second.table("counts").get("k") == 1
+
+
+def test_a_failed_row_leaves_nothing(bench: Bench) -> None:
+    """A row that is never completed has written nothing."""
+    bench.row().table("counts").put("k", 1)
+    assert bench.commit() == {}
+    assert bench.content == {}
+
+
+def test_updates_are_never_lost(bench: Bench) -> None:
+    """Two rows at once that count on one entry both count, whichever completes first."""
+    rows = [bench.row() for _ in range(5)]
+    for row in rows:
+        row.table("counts").add("k")
+        row.table("counts").update("list", lambda value: [*(value or []), len(value or [])])
+    for row in reversed(rows):
+        bench.complete(row)
+    assert bench.row().table("counts").scan() == [("k", 5), ("list", [0, 1, 2, 3, 4])]
+
+
+def test_an_update_follows_the_rows_own_puts(bench: Bench) -> None:
+    """Operations of one row apply in their order; the row itself does not see what its updates give."""
+    row = bench.row()
+    table = row.table("counts")
+    table.put("k", 10)
+    table.add("k", 5)
+    assert table.get("k") == 10
+    bench.complete(row)
+    assert bench.row().table("counts").get("k") == 15
+    row = bench.row()
+    row.table("counts").update("k", lambda _: None)
+    bench.complete(row)
+    assert "k" not in bench.row().table("counts")
+
+
+@pytest.mark.parametrize("function", [lambda _: 1 / 0, lambda _: object(), lambda _: "x" * 1_000_000])
+def test_an_update_that_fails(bench: Bench, function: Any) -> None:
+    """An update that raises, or gives what is no value, fails its row: nothing else of the row counts either."""
+    row = bench.row()
+    row.table("counts").put("other", 1)
+    row.table("counts").update("k", function)
+    with pytest.raises(TableUpdateError, match="update of 'counts/k'"):
+        bench.complete(row)
+    assert bench.commit() == {}
+
+
+def test_the_store_follows_the_commit(bench: Bench) -> None:
+    """Completed writes are readable at once, ride in the commit, and are in the store only when it is written."""
+    bench.put("counts", "k", 1)
+    assert bench.content == {}
+    taken = bench.tables.take()
+    bench.put("counts", "k", 2)  # meanwhile
+    assert bench.row().table("counts").get("k") == 2
+    assert bench.content == {}
+    assert [(r.key, r.value, r.timestamp) for r in bench.tables.records(taken, NOW)] == [(b"counts/k", b"1", NOW)]
+    bench.tables.written(7)
+    bench.tables.forget_taken()
+    assert bench.content[b"counts/k"].endswith(b"1")
+    assert bench.tables.position == 7
+    assert bench.row().table("counts").get("k") == 2
+    assert bench.commit(9) == {b"counts/k": b"2"}
+    assert bench.tables.position == 9
+
+
+def test_what_was_never_committed_is_gone(bench: Bench) -> None:
+    """Another look at the same store, as after an abort or a crash, knows nothing of completed or taken writes."""
+    bench.put("counts", "k", 1)
+    bench.commit(1)
+    bench.put("counts", "k", 2)
+    bench.tables.take()
+    bench.put("counts", "k", 3)
+    assert Bench(bench.content).row().table("counts").get("k") == 1
+
+
+def test_layers(bench: Bench) -> None:
+    """A lot's rows read through their layer; outside it nothing shows before it is absorbed."""
+    layer = Layer(bench.tables)
+    row = bench.tables.view(layer, NOW)
+    row.table("counts").put("k", 1)
+    layer.settle(row.operations)
+    assert bench.tables.view(layer, NOW).table("counts").scan("k") == [("k", 1)]
+    assert bench.row().table("counts").get("k") is None
+    bench.tables.absorb(layer)
+    assert bench.row().table("counts").get("k") == 1
+
+
+def test_scans_keep_tables_apart(bench: Bench) -> None:
+    """A scan gives the entries below a prefix in order, from store, overlay and row, and of no other table."""
+    for key in ("b/2", "a", "b/1"):
+        bench.put("counts", key, key)
+    bench.put("seen", "b/9", "other table")
+    bench.commit()
+    bench.put("counts", "b/3", "b/3")
+    table = bench.row().table("counts")
+    table.put("b/0", "b/0")
+    assert table.scan("b/") == [(key, key) for key in ("b/0", "b/1", "b/2", "b/3")]
+    assert table.scan("b/", limit=2) == [("b/0", "b/0"), ("b/1", "b/1")]
+    assert len(table.scan()) == 5
+
+
+def test_entries_expire(bench: Bench) -> None:
+    """With a ttl a row sees nothing that is older than that by its own time; an update begins anew."""
+    bench.put("seen", "k", 1)
+    assert bench.row(NOW + 9_999).table("seen").get("k") == 1
+    late = bench.row(NOW + 10_000)
+    assert (late.table("seen").get("k"), late.table("seen").scan(), "k" in late.table("seen")) == (None, [], False)
+    late.table("seen").add("k", 5)
+    bench.complete(late)
+    assert bench.row(NOW + 10_000).table("seen").get("k") == 5
+
+
+def test_expired_entries_are_swept(bench: Bench) -> None:
+    """Once rows are newer than an entry's end, a commit deletes it in changelog and store; renewed ones stay."""
+    bench.put("seen", "old", 1)
+    bench.put("seen", "renewed", 1)
+    bench.put("counts", "eternal", 1)
+    bench.commit()
+    bench.put("seen", "renewed", 2, NOW + 8_000)
+    bench.commit()
+    bench.put("counts", "eternal", 2, NOW + 12_000)
+    assert bench.commit() == {b"seen/old": None, b"counts/eternal": b"2"}
+    assert sorted(key for key in bench.content if key[0]) == [b"counts/eternal", b"seen/renewed"]
+    bench.put("counts", "eternal", 3, NOW + 19_000)
+    assert bench.commit() == {b"seen/renewed": None, b"counts/eternal": b"3"}
+    assert sorted(bench.content) == [b"counts/eternal"]
+
+
+def test_a_bounded_number_is_swept_at_once(bench: Bench) -> None:
+    """A thousand entries that end together are deleted over several commits, all of them."""
+    row = bench.row()
+    for n in range(1_200):
+        row.table("seen").put(f"{n:04}", n)
+    bench.complete(row)
+    bench.commit()
+    deleted = 0
+    for step in range(4):
+        bench.put("counts", "tick", step, NOW + 20_000 + step)
+        swept = [key for key, value in bench.commit().items() if value is None]
+        assert len(swept) <= 500
+        deleted += len(swept)
+    assert deleted == 1_200
+
+
+@pytest.mark.parametrize(
+    ("call", "says"),
+    [
+        (lambda table: table.put("k", None), "delete"),
+        (lambda table: table.put("", 1), "bytes of text"),
+        (lambda table: table.put("k" * 2_000, 1), "bytes of text"),
+        (lambda table: table.put(1, 1), "text"),
+        (lambda table: table.put("\ud800", 1), "surrogates"),
+        (lambda table: table.put("k", "x" * 1_000_000), "keep it within"),
+        (lambda table: table.update("k", 1), "function"),
+        (lambda table: table.add("k", "1"), "number"),
+        (lambda table: table.add("k", True), "number"),
+    ],
+)
+def test_mistakes(bench: Bench, call: Any, says: str) -> None:
+    """What cannot be an entry is refused where it is put, with the remedy."""
+    with pytest.raises(ConfigError, match=says):
+        call(bench.row().table("counts"))
+
+
+def test_what_is_no_json(bench: Bench) -> None:
+    """A value without a JSON form is refused where it is put."""
+    with pytest.raises(BadRowError, match="cannot be written as JSON"):
+        bench.row().table("counts").put("k", object())
+
+
+def test_undeclared(bench: Bench) -> None:
+    """A table that nobody declared is an error that shows the declaration."""
+    with pytest.raises(ConfigError, match=r"pipeline\.table\('nope'\); there are counts, seen"):
+        bench.row().table("nope")
+
+
+Step = tuple[str, str, int]
+steps = st.lists(
+    st.tuples(st.sampled_from(["put", "delete", "add", "commit"]), st.sampled_from("abcd"), st.integers(0, 99)),
+    max_size=60,
+)
+
+
+@given(steps)
+def test_store_and_changelog_agree(script: list[Step]) -> None:
+    """After any writes and commits: store, fold of the changelog, a store restored from it, and a dict are equal."""
+    bench, oracle, log = Bench(), dict[str, int](), list[StoredRecord]()
+    for what, key, number in [*script, ("commit", "", 0)]:
+        if what == "commit":
+            taken = bench.tables.take()
+            for out in bench.tables.records(taken, NOW):
+                log.append(StoredRecord("c", 0, len(log), out.timestamp, out.key, out.value))
+            bench.tables.written(len(log))
+            bench.tables.forget_taken()
+            continue
+        row = bench.row()
+        table = row.table("counts")
+        if what == "put":
+            table.put(key, number)
+            oracle[key] = number
+        elif what == "delete":
+            table.delete(key)
+            oracle.pop(key, None)
+        else:
+            table.add(key, number)
+            oracle[key] = oracle.get(key, 0) + number
+        bench.complete(row)
+    restored = Bench()
+    restored.tables.load(log, len(log))
+    fold = {record.key: record.value for record in log}
+    assert {key.decode()[7:]: loads(value) for key, value in fold.items() if key and value} == oracle
+    assert restored.content == bench.content
+    assert dict(bench.row().table("counts").scan()) == oracle
+    assert restored.tables.position == len(log)
+    assert dumps(oracle)
