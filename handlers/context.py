@@ -15,6 +15,7 @@ from ..state.table import Operation, RowTables, Table
 _LOG = logging.getLogger("rowmill.handler")
 
 NO_COST = Decimal(0)
+_MOST_TOKENS = 10**12  # a row's; sums of many still fit in the 64 bits that JSON is written with
 
 
 class Emit(NamedTuple):
@@ -157,8 +158,8 @@ class _RowLog(logging.LoggerAdapter[logging.Logger]):
 
 
 def _tokens(tokens: int) -> int:
-    if isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < 0:
-        raise ConfigError("add_cost(tokens=)", tokens, "give a whole number from 0")
+    if isinstance(tokens, bool) or not isinstance(tokens, int) or not 0 <= tokens <= _MOST_TOKENS:
+        raise ConfigError("add_cost(tokens=)", tokens, f"give a whole number from 0 to {_MOST_TOKENS:,}")
     return tokens
 
 

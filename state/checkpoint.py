@@ -35,6 +35,7 @@ class CheckpointRecord:
         counts: rows, results, dropped, dead_letters, emitted: sums since the session's beginning.
         context: the ExecutionContext's checkpoint.
         owner: the process that made the commit.
+        generation: a name for this life of the changelog; one that was deleted and made anew has another.
         starts: how often rows that may have killed their process were begun since, by offset.
     """
 
@@ -46,6 +47,7 @@ class CheckpointRecord:
     context: dict[str, Any]
     starts: dict[int, int]
     owner: str
+    generation: str
 
     def agrees_with(self, committed: Committed) -> bool:
         """Whether the group's commit is the one this record was written with."""
@@ -64,6 +66,7 @@ class CheckpointRecord:
                 "context": self.context,
                 "starts": {str(offset): count for offset, count in self.starts.items()},
                 "owner": self.owner,
+                "generation": self.generation,
             }
         )
 

@@ -19,7 +19,7 @@ from threading import Lock
 from .codec import dumps, loads
 from .errors import BadRowError, RowmillError
 from .model import Outgoing, Record
-from .store import Change, Store
+from .store import Change, Store, StoreError
 from .table import (
     Operation,
     RowTables,
@@ -38,6 +38,7 @@ _POSITION = b"\x00position"
 _ABOUT = b"\x00about"
 _EXPIRY = b"\x00expiry/"
 _NUMBER = struct.Struct(">Q")
+_DESCRIBE_EVERY_MS = 3_600_000
 _SWEEP = 500
 _SWEEP_EVERY_MS = 1_000
 _WRITE = 2_000  # records per batch: rocksdict holds the GIL while it writes one (FACTS)
@@ -92,11 +93,13 @@ class PartitionTables(Layer):
     def __init__(self, store: Store, specs: Mapping[str, TableSpec]) -> None:
         self._store = store
         self._taken: dict[bytes, Stamped | None] = {}
-        super().__init__(_Below(store, lambda: self._taken))
+        self._stored = _Below(store, lambda: self._taken)
+        super().__init__(self._stored)
         self.specs = specs
         self._mortal = {spec.prefix: spec for spec in specs.values() if spec.ttl_ms is not None}
         # A thread whose caller was cancelled goes on writing: closing waits for it.
         self._writing = Lock()
+        self._described_ms = 0
         self._now_ms = 0  # the newest row that completed; what expires is measured by it
         self._swept_ms = 0
 
@@ -119,6 +122,11 @@ class PartitionTables(Layer):
         value = self.get(key)
         return None if value is None else value[8:]
 
+    @property
+    def failure(self) -> StoreError | None:
+        """The store's error that some read met, whatever became of it: nothing read since may be committed."""
+        return self._stored.failure
+
     # --- commits -----------------------------------------------------------------------------------------------
 
     def take(self) -> dict[bytes, Stamped | None]:
@@ -127,17 +135,20 @@ class PartitionTables(Layer):
         self._taken, self.changes = self.changes, {}
         return self._taken
 
-    def written(self, position: int | None) -> None:
+    def written(self, position: int | None, now_ms: int) -> None:
         """The transaction is committed: write what was taken to the store. Blocks; not for the event loop.
 
         Args:
             position: the changelog's offset behind it; None if nobody knows, which costs a longer restore.
+            now_ms: the present, noted now and then as the time when the store was in use last.
 
         Raises:
             StoreError: it cannot be written.
         """
         with self._writing:
             self._store.write(self._changes_of(self._taken.items(), position))
+        if now_ms - self._described_ms > _DESCRIBE_EVERY_MS:
+            self.describe(now_ms)
 
     def forget_taken(self) -> None:
         """The store has it."""
@@ -226,6 +237,7 @@ class PartitionTables(Layer):
         about = {"used_ms": now_ms, "ttl_ms": {spec.name: spec.ttl_ms for spec in self._mortal.values()}}
         with self._writing:
             self._store.write([(_ABOUT, dumps(about))])
+        self._described_ms = now_ms
 
     def close(self) -> None:
         """Let go of the store."""
@@ -234,19 +246,34 @@ class PartitionTables(Layer):
 
 
 class _Below(Source):
-    """The store, under what a commit under way has taken."""
+    """The store, under what a commit under way has taken.
+
+    A read that failed is remembered: the handler that made it may have swallowed the error, or wrapped it.
+    """
 
     def __init__(self, store: Store, taken: Callable[[], Mapping[bytes, Stamped | None]]) -> None:
         self._store = store
         self._taken = taken
+        self.failure: StoreError | None = None
 
     def get(self, key: bytes) -> Stamped | None:
         taken = self._taken()
-        return taken[key] if key in taken else self._store.get(key)
+        if key in taken:
+            return taken[key]
+        try:
+            return self._store.get(key)
+        except StoreError as error:
+            self.failure = error
+            raise
 
     def scan(self, prefix: bytes) -> dict[bytes, Stamped]:
         taken = self._taken()
-        return _overlaid(dict(self._store.scan(prefix)), taken, prefix)
+        try:
+            stored = dict(self._store.scan(prefix))
+        except StoreError as error:
+            self.failure = error
+            raise
+        return _overlaid(stored, taken, prefix)
 
 
 def _overlaid(

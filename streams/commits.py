@@ -178,7 +178,8 @@ class Commits:
                 await self._released.wait()
                 await self._deliver()
             elif self._sent is not None:
-                await self._commit_sent()
+                if self._ended or self._is_overdue(self._sent[1]):
+                    await self._commit_sent()
             elif not self._ended:
                 self._changed.clear()
             elif self._state.says_stopped or self._held:
@@ -191,15 +192,13 @@ class Commits:
         """Until something is pending, or what was sent is due to be committed."""
         if self._sent is None:
             await self._changed.wait()
-        elif self._pending.since is None:
-            await self._until_due(self._sent[1])
+        elif self._pending.since is None and not self._ended and not self._due.is_set():
+            self._changed.clear()
+            await _within(self._sent[1] + self._options.commit_interval - self._clock.monotonic(), self._changed)
 
     async def _until_due(self, since: float) -> None:
         """Wait until the oldest of it is ``commit_interval`` old, or somebody cannot wait so long."""
-        remaining = since + self._options.commit_interval - self._clock.monotonic()
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(max(0.0, remaining)):
-                await self._due.wait()
+        await _within(since + self._options.commit_interval - self._clock.monotonic(), self._due)
         if not self._ended:
             self._due.clear()
 
@@ -247,6 +246,13 @@ class Commits:
         self._busy = False
         self._due.clear()
         self._on_change()
+
+
+async def _within(seconds: float, event: asyncio.Event) -> None:
+    """Wait for an event, but not longer than this."""
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(max(0.0, seconds)):
+            await event.wait()
 
 
 def _batch_of(flights: Sequence[Flight]) -> Batch:

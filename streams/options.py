@@ -7,6 +7,8 @@ from typing import Any, Literal
 
 from ..state.errors import ConfigError
 
+_LEAST = {"max_deaths": 0, "table_cache_bytes": 8 * 1024 * 1024}
+
 
 @dataclass(frozen=True, slots=True)
 class WorkerOptions:
@@ -29,7 +31,7 @@ class WorkerOptions:
             some may appear again, and tables and context may count them twice.
         state_dir: the folder for tables, of which each worker takes a part of its own; None: ``state`` in the embedded
             broker's folder, else ``.rowmill/state``.
-        table_cache_bytes: memory for reading and writing tables, in the whole worker (64 MiB).
+        table_cache_bytes: memory for reading and writing tables, in the whole worker, from 8 MiB (64 MiB).
         max_deaths: how often a row may be in work while its process dies, before it becomes a dead letter unrun (3);
             0: never.
         create_topics: whether missing sources, sinks and dead-letter topics are made (True).
@@ -77,6 +79,6 @@ def _check(name: str, value: Any) -> None:
         if not is_number or not 0 <= value < float("inf") or not (value or at_least_zero):
             raise ConfigError(name, value, f"give seconds {'from' if at_least_zero else 'above'} 0")
     else:
-        least = 0 if name == "max_deaths" else 1
+        least = _LEAST.get(name, 1)
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise ConfigError(name, value, f"give a whole number from {least}")
+            raise ConfigError(name, value, f"give a whole number from {least:,}")

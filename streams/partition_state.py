@@ -13,7 +13,7 @@ from ..state.clock import Clock
 from ..state.context import ExecutionContext, pipeline_uuid, session_uuid
 from ..state.memory import MemoryStore
 from ..state.model import Committed, Outgoing, Record, TopicPartition
-from ..state.store import Store, Stores
+from ..state.store import Store, StoreError, Stores
 from ..state.table import Stamped, TableSpec, restamp
 from ..state.tables import Layer, PartitionTables
 from .brokers.base import Broker
@@ -59,6 +59,7 @@ class PartitionState:
         owner: str,
     ) -> None:
         self._owner = owner
+        self._generation = clock.token()
         self.changelog = TopicPartition(session.changelog(tp.topic), tp.partition)
         self._broker = broker
         self._session = session
@@ -88,6 +89,11 @@ class PartitionState:
         """The tables, where the pipeline has any."""
         return self._tables
 
+    @property
+    def store_failure(self) -> StoreError | None:
+        """What a read of the store met, also if a handler hid it."""
+        return self._tables.failure if self._tables is not None else None
+
     # --- opening -----------------------------------------------------------------------------------------------
 
     async def open(self, committed: Committed | None) -> None:
@@ -111,40 +117,63 @@ class PartitionState:
             self._go_on_from(record)
 
     async def _restore(self, reader: ChangelogReader, committed: Committed | None) -> CheckpointRecord | None:
-        if not self._specs or self._stores is None:
-            found = await reader.last_checkpoint()
-            return None if found is None or found.value is None else CheckpointRecord.decode(found.value)
-        warm = await self._restore_tables(reader)
-        record = self._record()
-        if warm and committed is not None and record is not None and not record.agrees_with(committed):
-            # The store may have run ahead of a broker that lost its newest transactions in a power cut.
-            log.info("%s: the local tables do not belong to the committed offset: restoring all of them", self._tp)
-            await self._wipe()
-            await self._restore_tables(reader)
-            record = self._record()
+        """The changelog's last checkpoint; tables, where there are any, are brought up to it."""
+        found = await reader.last_checkpoint()
+        record = None if found is None or found.value is None else CheckpointRecord.decode(found.value)
+        if self._specs and self._stores is not None:
+            position = await self._open_store()
+            why = self._misfit(reader, position, record, committed)
+            if why is not None:
+                log.warning("%s: restoring all of the local tables: %s", self._tp, why)
+                await self._wipe()
+                position = await self._open_store()
+            await self._restore_tables(reader, reader.start if position is None else position)
         return record
 
-    async def _restore_tables(self, reader: ChangelogReader) -> bool:
-        """Bring the store up to the changelog's end; tells whether it began with something in it."""
-        position = await self._open_store()
-        if position is not None and not reader.start <= position <= reader.end:
-            log.warning(
-                "%s: the local tables stand at %d, outside the changelog (%d to %d): restoring all of them",
-                self._tp, position, reader.start, reader.end,
-            )  # fmt: skip
-            await self._wipe()
-            position = await self._open_store()
+    def _misfit(
+        self,
+        reader: ChangelogReader,
+        position: int | None,
+        record: CheckpointRecord | None,
+        committed: Committed | None,
+    ) -> str | None:
+        """Why a store that is not empty does not belong to this changelog, if so.
+
+        Raises:
+            CheckpointError: there is no changelog that it could belong to.
+        """
+        stored = self._stored_record()
+        if position is None or stored is None:
+            return None
+        if record is None:
+            if committed is not None:
+                raise CheckpointError(
+                    f"the changelog {self.changelog.topic} of {self._tp} has nothing in it, but the tables on this "
+                    f"disk and the group know a checkpoint at {committed.offset:,}: it was deleted. Put it back from "
+                    f"a replica or a backup; or, to begin anew, delete the group {self._session.group}"
+                )
+            return "the changelog is empty"
+        reasons = {
+            "the changelog was deleted and made anew since they were written": stored.generation != record.generation,
+            f"they stand at {position:,}, outside the changelog ({reader.start:,} to {reader.end:,})": (
+                not reader.start <= position <= reader.end
+            ),
+            "the broker lost its newest transactions": stored.counts["rows"] > record.counts["rows"],
+            "they do not end as the changelog does": position == reader.end and stored.encode() != record.encode(),
+        }
+        return next((why for why, applies in reasons.items() if applies), None)
+
+    async def _restore_tables(self, reader: ChangelogReader, begin: int) -> None:
+        """Bring the store up to the changelog's end."""
         tables = self._tables
         assert tables is not None  # noqa: S101 - just opened
 
         async def load(records: Sequence[Record], behind: int) -> None:
             await self._pool.run(tables.load, records, behind)
 
-        begin = reader.start if position is None else position
+        await self._pool.run(tables.describe, self._clock.now_ms())  # first: a store without a date is not believed
         if begin < reader.end:
             await reader.restore(begin, load)
-        await self._pool.run(tables.describe, self._clock.now_ms())
-        return position is not None
 
     async def _open_store(self) -> int | None:
         """Open the partition's store; its position, None for one without content that counts."""
@@ -156,14 +185,16 @@ class PartitionState:
             opening.add_done_callback(_close_orphan)
             raise
         self._tables = tables = PartitionTables(store, self._specs)
-        about = tables.about
+        about, position = tables.about, tables.position
         mortal = {name: spec.ttl_ms for name, spec in self._specs.items() if spec.ttl_ms is not None}
-        if about and about.get("ttl_ms") != mortal:
+        if position is None:
+            return None
+        if about.get("ttl_ms") != mortal:
             why = "a table's ttl was changed"
-        elif about and self._clock.now_ms() - int(str(about["used_ms"])) > TOMBSTONES_MS:
+        elif self._clock.now_ms() - int(str(about.get("used_ms", 0))) > TOMBSTONES_MS:
             why = "they were last in use more than a day ago, and may have missed deletions"
         else:
-            return tables.position
+            return position
         log.info("%s: restoring all of the local tables: %s", self._tp, why)
         await self._wipe()
         return await self._open_store()
@@ -174,7 +205,8 @@ class PartitionState:
         await self.close()
         await self._pool.run(self._stores.remove, self._session.group, self._tp)
 
-    def _record(self) -> CheckpointRecord | None:
+    def _stored_record(self) -> CheckpointRecord | None:
+        """The last checkpoint that the local store knows of."""
         raw = self._tables.own(CHECKPOINT_KEY) if self._tables else None
         return None if raw is None else CheckpointRecord.decode(raw)
 
@@ -189,7 +221,7 @@ class PartitionState:
                 "to begin anew"
             )
         if committed is not None and record is None:
-            log.warning("%s: committed at %d, but its changelog is empty", self._tp, committed.offset)
+            log.debug("%s: committed at %d, and its changelog is empty", self._tp, committed.offset)
         elif committed is not None and record is not None and not record.agrees_with(committed):
             # At least once, the one is written before the other.
             level = logging.WARNING if self._options.guarantee == "exactly_once" else logging.DEBUG
@@ -220,12 +252,19 @@ class PartitionState:
         self.starts = dict(record.starts)
         self.witness = record.witness
         self._stopped = record.stopped
+        self._generation = record.generation
         self.died = not record.stopped and record.owner != self._owner
 
     # --- commits -----------------------------------------------------------------------------------------------
 
     def take(self) -> dict[bytes, Stamped | None]:
-        """What is pending in the tables: in the same moment in which the checkpoint is taken."""
+        """What is pending in the tables: in the same moment in which the checkpoint is taken.
+
+        Raises:
+            StoreError: some row read from a store that failed, whether or not its handler let that show.
+        """
+        if self._tables is not None and self._tables.failure is not None:
+            raise self._tables.failure
         return (self._tables or self._own_tables).take()
 
     def forget_starts(self, records: Sequence[Record]) -> None:
@@ -265,6 +304,7 @@ class PartitionState:
             self.context.to_checkpoint(),
             dict(self.starts),
             self._owner,
+            self._generation,
         )
         now = self._clock.now_ms()
         self._last_record = record.encode()
@@ -305,14 +345,15 @@ class PartitionState:
         if self._tables is None:
             self._own_tables.forget_taken()
             return
-        await self._pool.run(self._tables.written, position)
+        await self._pool.run(self._tables.written, position, self._clock.now_ms())
         self._tables.forget_taken()
 
     async def close(self) -> None:
         """Let go of the store."""
-        tables, self._tables = self._tables, None
+        tables = self._tables
         if tables is not None:
             await self._pool.run(tables.close)
+            self._tables = None  # only now: cancelled meanwhile, the next close finds it still
 
 
 def _close_orphan(opening: asyncio.Future[Store]) -> None:

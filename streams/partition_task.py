@@ -25,10 +25,11 @@ from ..handlers.chain import Failure
 from ..handlers.flow import Flight, Flow, OnDone
 from ..state.clock import Clock
 from ..state.model import Committed, Record, TopicPartition
+from ..state.store import StoreError
 from .catalog import UnknownTopicsError
 from .commits import Commits
 from .delivery import Forwarder
-from .offsets import OffsetTracker, decode_map
+from .offsets import OffsetMap, OffsetTracker, decode_map
 from .options import WorkerOptions
 from .partition_state import PartitionState
 from .processing import Batch, Effects, Processor
@@ -166,6 +167,11 @@ class PartitionTask:
         return checkpoint.offset if checkpoint else 0
 
     @property
+    def store_failure(self) -> StoreError | None:
+        """The error of the local tables that some row met, also if its handler hid or wrapped it."""
+        return self._state.store_failure
+
+    @property
     def low_watermark(self) -> int:
         """The lowest offset not yet completed here."""
         return self._tracker.low_watermark
@@ -222,7 +228,7 @@ class PartitionTask:
         start = decode_map(checkpoint or Committed(0))
         await self._state.open(checkpoint)
         if checkpoint is None:
-            start = decode_map(Committed(await first_offset(self.tp)))
+            start = await self._settle_beginning(first_offset)
         self._tracker = OffsetTracker(start)
         self._position = start.low
         if self._state.died and self._options.max_deaths:
@@ -241,6 +247,18 @@ class PartitionTask:
             on_change=self._on_change,
         )
         return start.low
+
+    async def _settle_beginning(self, first_offset: Callable[[TopicPartition], Awaitable[int]]) -> OffsetMap:
+        """Where a group that never committed begins, committed at once: "latest" must not be looked up twice.
+
+        At least once, the offset follows the changelog: a changelog without any offset would look like a lost group.
+        """
+        first = Committed(await first_offset(self.tp))
+        if isinstance(self._delivery, Transactor):
+            await self._delivery.commit({}, first, self._state.last_was_ours)
+        else:
+            await self._delivery.commit(first)
+        return decode_map(first)
 
     async def run(self) -> None:
         """Process and commit until drained. Raises the first error of either loop."""

@@ -75,6 +75,14 @@ class Effects:
         self.tokens += other.tokens
 
 
+class _InterruptedError(BaseException):
+    """A lot cannot go on, through no fault of the row in whose handler that shows; so it is no Exception."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__(str(error))
+        self.error = error
+
+
 class Placed(NamedTuple):
     """A row's records, ready to go; made before the commit for rows that write to tables."""
 
@@ -162,7 +170,12 @@ class Processor:
         Raises:
             BrokerError: topics that rows are emitted to cannot be looked up.
         """
-        batch = Batch(records)
+        try:
+            return await self._process(Batch(records))
+        except _InterruptedError as interrupted:
+            raise interrupted.error from interrupted
+
+    async def _process(self, batch: Batch) -> Effects:
         lot = _Lot(self, batch, self._tables, self._row_by_row) if self._tables and self._chain.takes_context else None
         if self._chain.is_sync:
             effects = await self._pool.run(self._decode_and_run, batch, lot)
@@ -243,8 +256,15 @@ class Processor:
         return self._encode(batch)
 
     def look_up(self, names: frozenset[str], loop: asyncio.AbstractEventLoop) -> None:
-        """Look topics up from a thread, while its lot cannot go on without."""
-        asyncio.run_coroutine_threadsafe(self._catalog.ensure(names), loop).result()
+        """Look topics up from a thread, while its lot cannot go on without.
+
+        Raises:
+            _InterruptedError: the broker does not answer.
+        """
+        try:
+            asyncio.run_coroutine_threadsafe(self._catalog.ensure(names), loop).result()
+        except Exception as error:
+            raise _InterruptedError(error) from error
 
     # --- in --------------------------------------------------------------------------------------------------
 

@@ -21,6 +21,7 @@ from .session import Session
 log = logging.getLogger(__name__)
 
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.1, 5.0
+_HEARTBEAT_SECONDS = 0.4
 
 
 class CheckpointMovedError(CheckpointError):
@@ -137,6 +138,8 @@ class Transactor:
         """Whether a failed commit took effect after all, once a new producer has settled its transaction."""
         previous = self.checkpoint
         pause = _FIRST_PAUSE
+        # Longer than a heartbeat: who was evicted while it stood still hears of it before it fences the next owner.
+        await self._clock.sleep(_HEARTBEAT_SECONDS)
         while True:
             try:
                 found = await self.open()

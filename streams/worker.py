@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable, Coroutine, Iterable, Mapping
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from decimal import Decimal
@@ -18,7 +18,7 @@ from ..handlers.executors import BlockingPool
 from ..handlers.flow import Flow, OnDone, Slots
 from ..state.clock import Clock, SystemClock
 from ..state.context import sum_costs
-from ..state.model import TopicPartition
+from ..state.model import Record, TopicPartition
 from ..state.store import StoreError, Stores
 from .brokers.base import AssignmentListener, Broker, Member, Moment
 from .catalog import Catalog
@@ -36,7 +36,9 @@ from .transaction import CheckpointMovedError, Transactor
 
 log = logging.getLogger(__name__)
 
+_STORE_THREADS = 4
 _FETCH_SECONDS = 0.1
+_FETCH_PATIENCE_SECONDS = 1.0
 _REVOKE_SECONDS = 0.5
 _ELSEWHERE_SECONDS = 1.0
 _PROBE_SECONDS = 10.0
@@ -111,6 +113,8 @@ class Worker(AssignmentListener):
         self._keeps_order = _keeps_order(pipeline, self._chain)
         blocking = sum(s.concurrency for s in pipeline.stages if not s.is_async and not s.is_plain)
         self._pool = pool or BlockingPool(self.options.threads + blocking)
+        # Tables have threads of their own: handlers that hang must not keep a partition from being handed over.
+        self._store_pool = pool or BlockingPool(_STORE_THREADS)
         self._stores = stores
         self._name = self._clock.token()
         self._alone = asyncio.Lock()
@@ -131,6 +135,7 @@ class Worker(AssignmentListener):
         self._rejoin = False
         self._failure: BaseException | None = None
         self._ends: Mapping[TopicPartition, int] | None = None
+        self._fetching: asyncio.Task[dict[TopicPartition, Sequence[Record]]] | None = None
         self._finished: set[TopicPartition] = set()
         self._asked_elsewhere = -_ELSEWHERE_SECONDS
         self._heard = self._probed = self._clock.monotonic()
@@ -155,6 +160,7 @@ class Worker(AssignmentListener):
             if self._stores is not None:
                 self._stores.close()
             self._pool.close()
+            self._store_pool.close()
         if self._failure is not None:
             raise self._failure
         return self.stats
@@ -270,6 +276,15 @@ class Worker(AssignmentListener):
     # --- one partition -----------------------------------------------------------------------------------------
 
     async def _own(self, tp: TopicPartition, epoch: int, former: asyncio.Task[None] | None) -> None:
+        """Own a partition; nothing that goes wrong with it goes unheard."""
+        try:
+            await self._work_on(tp, epoch, former)
+        except asyncio.CancelledError:
+            raise
+        except BaseException as error:  # noqa: BLE001 - it must reach the caller of run()
+            self._fail(error)
+
+    async def _work_on(self, tp: TopicPartition, epoch: int, former: asyncio.Task[None] | None) -> None:
         """Run a partition's task, from step 2 again after an error that a fresh look can mend."""
         if former is not None:  # it holds the store
             await asyncio.wait({former}, timeout=self.options.broker_timeout)
@@ -317,14 +332,16 @@ class Worker(AssignmentListener):
             return error
         except asyncio.CancelledError:
             raise
-        except BaseException as error:  # noqa: BLE001 - it must reach the caller of run()
-            self._fail(error)
+        except BaseException:
+            if task.store_failure is None:
+                raise
+            return task.store_failure  # a task group in a handler wrapped it
         return None
 
     async def _set_aside(self, tp: TopicPartition) -> None:
         stores = self._stores
         if stores is not None:
-            place = await self._pool.run(stores.set_aside, self.session.group, tp)
+            place = await self._store_pool.run(stores.set_aside, self.session.group, tp)
             log.warning("%s: the local tables are damaged; they lie in %s now and are restored", tp, place)
 
     def _make_task(self, tp: TopicPartition) -> PartitionTask:
@@ -335,7 +352,7 @@ class Worker(AssignmentListener):
             self.pipeline.tables,
             self._open_stores(),
             self.options,
-            self._pool,
+            self._store_pool,
             self._clock,
             self._name,
         )
@@ -402,7 +419,7 @@ class Worker(AssignmentListener):
     async def _serve(self) -> None:
         while not self._stopping and not await self._is_finished():
             if self._rejoin:
-                await _flush(self._tasks.values())
+                await _flush(self._tasks.values(), goodbye=True)
                 await self._leave()
                 await self._join_again()
             await self._probe()
@@ -450,8 +467,14 @@ class Worker(AssignmentListener):
         member = self._member
         if member is None:
             return
+        fetching = self._fetching or asyncio.create_task(member.fetch(wanted, self.options.fetch_rows, _FETCH_SECONDS))
+        self._fetching = fetching
+        await asyncio.wait({fetching}, timeout=_FETCH_PATIENCE_SECONDS)
+        if not fetching.done():
+            return  # aiokafka waits there for as long as a rebalance lasts: see whether there is something else to do
+        self._fetching = None
         try:
-            got = await member.fetch(wanted, self.options.fetch_rows, _FETCH_SECONDS)
+            got = fetching.result()
         except OffsetOutOfRangeError as error:
             self._fail(error)
             return
@@ -516,10 +539,15 @@ class Worker(AssignmentListener):
             _, late = await asyncio.wait(owners, timeout=self.options.drain_timeout)
             if late:
                 log.warning("%d partitions did not finish within %g s", len(late), self.options.drain_timeout)
+                await _flush(self._tasks.values(), goodbye=True)  # nobody died: rows in work are not to blame
 
     async def _leave(self) -> None:
         self._epoch += 1
         member, self._member = self._member, None  # first: what it is still assigned is nobody's
+        fetching, self._fetching = self._fetching, None
+        if fetching is not None:
+            fetching.cancel()
+            await asyncio.wait({fetching})
         for tp in list(self._owners):
             self._part(tp)
         if self._parting:
@@ -594,7 +622,7 @@ async def _to_the_end(work: Coroutine[Any, Any, None]) -> None:
         raise asyncio.CancelledError
 
 
-async def _flush(tasks: Iterable[PartitionTask], *, goodbye: bool = False) -> None:
+async def _flush(tasks: Iterable[PartitionTask], *, goodbye: bool) -> None:
     """Commit what has completed in these, for half a second at most."""
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(_REVOKE_SECONDS):

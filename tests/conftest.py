@@ -11,10 +11,15 @@ import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 # Test files are imported one by one (--import-mode=importlib), so nothing else puts tests/ on the path.
 sys.path.insert(0, str(Path(__file__).parent))
+
+# The machine is shared: how long one example takes says nothing.
+hypothesis.settings.register_profile("rowmill", deadline=None)
+hypothesis.settings.load_profile("rowmill")
 
 from support.kafka_server import KafkaServer, KafkaUnavailableError, find_source
 

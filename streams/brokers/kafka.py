@@ -598,9 +598,11 @@ class KafkaReader(Reader):
         one fetch is done by hand for every partition.
         """
         found: dict[TopicPartition, Sequence[Record]] = {}
-        for tp in (TopicPartition(*kafka_tp) for kafka_tp in wanted):
+        partitions = [TopicPartition(*kafka_tp) for kafka_tp in wanted]
+        for tp in partitions:  # all of them first: the look-ups below may fail
+            self.seek(tp, self._delivered[tp])
+        for tp in partitions:
             position = self._delivered[tp]
-            self.seek(tp, position)
             records, behind = await self._broker.rescue(tp, position, max_records)
             # Meanwhile the partition may have gone, or begun anew: then these records are nobody's.
             if behind > position and tp in self._owned() and self._delivered.get(tp) == position:

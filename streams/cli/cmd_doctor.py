@@ -18,7 +18,7 @@ from .parser import Commands, add_broker, add_command
 if TYPE_CHECKING:
     from ..brokers.base import Broker
 
-_LIBRARIES = ("aiokafka", "orjson", "pandas", "pyarrow", "tqdm")
+_LIBRARIES = ("aiokafka", "orjson", "pandas", "pyarrow", "rocksdict", "tqdm")
 _LEAST_FREE = 1 << 30
 _REINSTALL = "install again: pip install --force-reinstall rowmill"
 

@@ -19,7 +19,6 @@ COUNTS = [
     "buffer_bytes",
     "max_in_flight",
     "max_in_flight_bytes",
-    "table_cache_bytes",
     "threads",
     "partitions",
 ]
@@ -31,6 +30,7 @@ MISTAKES: list[tuple[str, Any]] = [
     *((name, None) for name in COUNTS if name != "partitions"),
     *((name, value) for name in COUNTS_FROM_0 for value in (-1, 1.0, True, "1", None)),
     *(("guarantee", value) for value in ("at_most_once", None, 1)),
+    *(("table_cache_bytes", value) for value in (0, 1, 8 * 1024 * 1024 - 1, True, "1", None)),
     *(("state_dir", value) for value in ("", 1, "\0")),
     *(("create_topics", value) for value in (0, 1, None, "yes")),
 ]

@@ -241,9 +241,10 @@ async def test_a_broker_that_stays_away(
     with pytest.raises(StalledError, match=r"in/0: .*(still away|connection lost)"):
         await commit(transactor, 0)
     assert 60 <= clock.monotonic() - began <= 70
-    assert clock.slept[0] == pytest.approx(0.075)
-    assert max(clock.slept) == pytest.approx(3.75)
-    assert clock.slept == sorted(clock.slept)
+    pauses = [pause for pause in clock.slept if pause != 0.4]  # 0.4: time to hear of an eviction
+    assert pauses[0] == pytest.approx(0.075)
+    assert max(pauses) == pytest.approx(3.75)
+    assert pauses == sorted(pauses)
 
 
 async def test_a_refusal_is_no_failure(broker: FakeBroker, transactor: Transactor) -> None:
