@@ -42,7 +42,8 @@ class Flight:
         self.sender = sender
 
 
-OnDone: TypeAlias = "Callable[[Flight], Coroutine[Any, Any, None] | None]"
+OnDone: TypeAlias = "Callable[[Flight], Callable[[], Coroutine[Any, Any, None]] | None]"
+"""Called with every row that is through; may return what has to run to its end before the row's key goes on."""
 
 
 class Slots:
@@ -65,8 +66,7 @@ class Flow:
         chain: the stages.
         pool: threads for plain and blocking stages.
         slots: the worker's slots.
-        on_done: called on the event loop with every flight that is through, failed or dropped. May return what has to
-            be awaited before the next row of the key may begin.
+        on_done: called on the event loop with every flight that is through, failed or dropped.
         on_error: called when an error of the flow's own, not of a handler, waits for :meth:`check`.
         by_key: whether rows of one key (other than None) run one after the other, in the order they entered.
         linger: seconds that a row waits for company before a batch or frame stage.
@@ -119,8 +119,8 @@ class Flow:
         else:
             self.start(self._release_after(later, flight))
 
-    async def _release_after(self, later: Coroutine[Any, Any, None], flight: Flight) -> None:
-        await later
+    async def _release_after(self, later: Callable[[], Coroutine[Any, Any, None]], flight: Flight) -> None:
+        await later()
         self._release(flight)
 
     def _release(self, flight: Flight) -> None:

@@ -19,6 +19,7 @@ import logging
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import Any
 
 from ..handlers.chain import Failure
@@ -141,7 +142,9 @@ class PartitionTask:
         self._flying_rows = 0
         self._flying_bytes = 0
         self._room = asyncio.Event()
-        self._careful_until = 0  # below this offset, rows are begun with care
+        # After a death, rows are begun with care: those below this offset, and so many behind it.
+        self._careful_until = 0
+        self._careful_rows = 0
 
         self._draining = False
         self.running = False
@@ -232,7 +235,8 @@ class PartitionTask:
         self._tracker = OffsetTracker(start)
         self._position = start.low
         if self._state.died and self._options.max_deaths:
-            self._careful_until = start.end + self._options.buffer_rows
+            self._careful_until = start.end
+            self._careful_rows = self._options.buffer_rows + self._options.fetch_rows  # no more were taken at the death
         self._processor = processor = self._make_processor()
         self._lot = processor.least_rows if processor.learns_pace else max(_FIRST_LOT, processor.least_rows)
         self._commits = Commits(
@@ -407,7 +411,7 @@ class PartitionTask:
             self._lot_in_work = False
 
     async def _start_with_care(self, taken: Sequence[Record]) -> None:
-        if taken[0].offset >= self._careful_until:
+        if not self._needs_care(taken):
             await self._say_running()
             self._begin(taken)
             return
@@ -454,13 +458,13 @@ class PartitionTask:
             flight = Flight(batch.rows[i], batch.contexts[i] if batch.contexts else None, record.key, record)
             self._flow.enter(flight)  # failures too: a forwarded tombstone must not overtake its key's rows
 
-    def _finished(self, flight: Flight) -> Coroutine[Any, Any, None] | None:
+    def _finished(self, flight: Flight) -> Callable[[], Coroutine[Any, Any, None]] | None:
         """A row is through the chain, in whatever way. What it writes to tables counts before its key goes on."""
         if flight.context is not None and flight.context.operations:
             try:
                 self._processor.settle(flight)
             except UnknownTopicsError as unknown:
-                return self._finish_later(flight, unknown.names)
+                return partial(self._finish_later, flight, unknown.names)
         self._complete(flight)
         return None
 
@@ -469,7 +473,7 @@ class PartitionTask:
         await self._processor.ensure(topics)
         later = self._finished(flight)
         if later is not None:
-            await later
+            await later()
 
     def _complete(self, flight: Flight) -> None:
         record: Record = flight.sender
@@ -496,6 +500,11 @@ class PartitionTask:
                     return most
         return most
 
+    def _needs_care(self, records: Sequence[Record]) -> bool:
+        """Whether one of these may have been in work when the process died."""
+        first = records[0].offset
+        return first < self._careful_until or self._careful_rows > 0 or first in self._state.starts
+
     async def _say_running(self) -> None:
         """Before the first rows: the changelog must know that somebody is at work, or a death here goes unseen."""
         if self._options.max_deaths and self._state.says_stopped:
@@ -508,10 +517,12 @@ class PartitionTask:
         What is about to run is noted durably first. A row that was noted at a former death runs while no other such
         row does in the whole worker, and until its end is committed, so that the next death tells which one it was.
         """
-        if not records or records[0].offset >= self._careful_until:
+        if not records or not self._needs_care(records):
             await self._say_running()
             yield None
             return
+        if records[-1].offset >= self._careful_until:
+            self._careful_rows -= len(records)
         deaths = self._state.starts.get(records[0].offset, 0)
         if deaths >= max(1, self._options.max_deaths - 1):
             yield _deadly(deaths + 1)

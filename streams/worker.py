@@ -281,6 +281,8 @@ class Worker(AssignmentListener):
             await self._work_on(tp, epoch, former)
         except asyncio.CancelledError:
             raise
+        except StoreError as error:
+            self._fail(StalledError(f"{tp}: {error}"))
         except BaseException as error:  # noqa: BLE001 - it must reach the caller of run()
             self._fail(error)
 
@@ -341,7 +343,11 @@ class Worker(AssignmentListener):
     async def _set_aside(self, tp: TopicPartition) -> None:
         stores = self._stores
         if stores is not None:
-            place = await self._store_pool.run(stores.set_aside, self.session.group, tp)
+            try:
+                place = await self._store_pool.run(stores.set_aside, self.session.group, tp)
+            except StoreError as error:  # opening it again will fail again, until stall_timeout
+                log.warning("%s: %s", tp, error)
+                return
             log.warning("%s: the local tables are damaged; they lie in %s now and are restored", tp, place)
 
     def _make_task(self, tp: TopicPartition) -> PartitionTask:

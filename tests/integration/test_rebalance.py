@@ -82,9 +82,9 @@ async def test_hand_over_is_no_death(kafka: str, name: str, tmp_path: Path) -> N
         await until(lambda: first.stats.rows == 60)
         async with hired(url, pipeline, tmp_path) as second:
             await until(lambda: len(second._tasks) == 3)
-            assert not any(task._careful_until for task in second._tasks.values())
+            assert not any(task._careful_rows for task in second._tasks.values())
         await until(lambda: len(first._tasks) == 6)
-        assert not any(task._careful_until for task in first._tasks.values())
+        assert not any(task._careful_rows for task in first._tasks.values())
 
 
 async def test_a_zombie_writes_nothing(kafka: str, name: str, tmp_path: Path) -> None:
