@@ -100,6 +100,7 @@ class PartitionTables(Layer):
         # A thread whose caller was cancelled goes on writing: closing waits for it.
         self._writing = Lock()
         self._described_ms = 0
+        self._due: list[tuple[bytes, bytes, bool]] = []  # found over: index entry, key, whether the value is
         self._now_ms = 0  # the newest row that completed; what expires is measured by it
         self._swept_ms = 0
 
@@ -131,7 +132,7 @@ class PartitionTables(Layer):
 
     def take(self) -> dict[bytes, Stamped | None]:
         """What is pending, for the transaction that begins now. It stays readable until :meth:`written`."""
-        self._sweep()
+        self._delete_due()
         self._taken, self.changes = self.changes, {}
         return self._taken
 
@@ -147,6 +148,7 @@ class PartitionTables(Layer):
         """
         with self._writing:
             self._store.write(self._changes_of(self._taken.items(), position))
+        self._find_due(max(_SWEEP, 2 * len(self._taken)))
         if now_ms - self._described_ms > _DESCRIBE_EVERY_MS:
             self.describe(now_ms)
 
@@ -177,21 +179,29 @@ class PartitionTables(Layer):
         assert value is not None  # noqa: S101
         return _EXPIRY + _NUMBER.pack(max(0, time_of(value) + spec.ttl_ms)) + key
 
-    def _sweep(self) -> None:
-        """Delete some entries that are over. The index also holds times that entries once had: those are dropped."""
-        if not self._mortal or self._now_ms - self._swept_ms < _SWEEP_EVERY_MS:
+    def _find_due(self, limit: int) -> None:
+        """Look for entries that are over, on the thread that has just written: more of them than were written."""
+        if not self._mortal or self._due or self._now_ms - self._swept_ms < _SWEEP_EVERY_MS:
             return
-        self._swept_ms = self._now_ms
-        for index, _ in islice(self._store.scan(_EXPIRY), _SWEEP):
-            (due,) = _NUMBER.unpack_from(index, len(_EXPIRY))
-            if due > self._now_ms:
-                return
+        due: list[tuple[bytes, bytes, bool]] = []
+        for index, _ in islice(self._store.scan(_EXPIRY), limit):
+            (over_ms,) = _NUMBER.unpack_from(index, len(_EXPIRY))
+            if over_ms > self._now_ms:
+                self._swept_ms = self._now_ms
+                break
             key = index[len(_EXPIRY) + 8 :]
-            value, spec = self.get(key), self._spec_of(key)
-            if value is not None and spec is not None and is_expired(spec, value, self._now_ms):
+            value, spec = self._store.get(key), self._spec_of(key)
+            over = value is not None and spec is not None and is_expired(spec, value, self._now_ms)
+            due.append((index, key, over))
+        self._due = due
+
+    def _delete_due(self) -> None:
+        """Delete what was found, unless it was written again; the index also holds times that entries once had."""
+        for index, key, over in self._due:
+            if over and key not in self.changes:
                 self.changes[key] = None
             self.changes[index] = None
-        self._swept_ms = 0  # there may be more of them: go on with the next commit
+        self._due = []
 
     # --- the changelog -----------------------------------------------------------------------------------------
 

@@ -165,6 +165,8 @@ class Commits:
         self._held = self._saying_stopped = False
         self._released.set()
         self._changed.set()
+        if self._state.says_stopped and not self._ended:
+            self.schedule()  # rows may be in work, and the changelog must know
 
     # --- the loop ----------------------------------------------------------------------------------------------
 

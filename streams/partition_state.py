@@ -27,8 +27,12 @@ log = logging.getLogger(__name__)
 
 TOMBSTONES_MS = 24 * 3_600_000
 """How long a compacted topic keeps deletions: a store that was away for longer may have missed some."""
-CHANGELOG_CONFIG = {"cleanup.policy": "compact", "delete.retention.ms": str(TOMBSTONES_MS)}
-"""What changelog topics are made with."""
+CHANGELOG_CONFIG = {
+    "cleanup.policy": "compact",
+    "delete.retention.ms": str(TOMBSTONES_MS),
+    "message.timestamp.type": "CreateTime",
+}
+"""What changelog topics are made with. A record's timestamp is its entry's: time to live counts from it."""
 
 
 class PartitionState:

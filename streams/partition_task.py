@@ -142,6 +142,8 @@ class PartitionTask:
         self._flying_rows = 0
         self._flying_bytes = 0
         self._room = asyncio.Event()
+        self._resumed = asyncio.Event()  # set unless a rebalance is under way
+        self._resumed.set()
         # After a death, rows are begun with care: those below this offset, and so many behind it.
         self._careful_until = 0
         self._careful_rows = 0
@@ -213,6 +215,7 @@ class PartitionTask:
     def drain(self) -> None:
         """Take no more rows; finish those in work, commit, and end. Rows not begun are left to the next run."""
         self._draining = True
+        self._resumed.set()
         self._inbox.clear()
         self._arrived.set()
         self._room.set()
@@ -294,9 +297,12 @@ class PartitionTask:
     async def flush(self, *, goodbye: bool = False) -> None:
         """Commit what has completed as soon as possible, and return when it is committed.
 
-        With ``goodbye`` the partition's next owner learns that it did not die here.
+        With ``goodbye`` the partition's next owner learns that it did not die here; no further row begins until
+        :meth:`release`.
         """
         if self.running:
+            if goodbye:
+                self._resumed.clear()
             await self._commits.flush(goodbye=goodbye)
 
     def hold(self) -> None:
@@ -308,6 +314,7 @@ class PartitionTask:
         """It came straight back: commit again."""
         if self.running:
             self._commits.release()
+            self._resumed.set()
 
     def _wake(self) -> None:
         """Have the processing loop look at the flow."""
@@ -327,6 +334,9 @@ class PartitionTask:
             if not self._inbox:
                 self._arrived.clear()
                 await self._arrived.wait()
+                continue
+            if not self._resumed.is_set():
+                await self._resumed.wait()
                 continue
             taken = self._take(self._lot)
             self._lot_in_work = True
@@ -386,6 +396,8 @@ class PartitionTask:
             if not self._inbox:
                 self._arrived.clear()
                 await self._arrived.wait()
+            elif not self._resumed.is_set():
+                await self._resumed.wait()
             elif not self._may_begin(self._inbox[0][0]):
                 self._room.clear()
                 self._in_flight.tell(self._room)

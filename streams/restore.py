@@ -120,7 +120,8 @@ class ChangelogReader:
 
     async def _next(self, reader: Reader, tp: TopicPartition, most: int = _FETCH_ROWS) -> tuple[Sequence[Record], int]:
         """The next records, and the position behind them; a gap gives none and moves the position."""
-        before = await reader.position(tp)
+        async with deadline(self._timeout, f"{tp}: look up the position"):
+            before = await reader.position(tp)
         give_up = self._clock.monotonic() + self._timeout
         while True:
             async with deadline(self._timeout, f"{tp}: read"):
