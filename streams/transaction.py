@@ -13,14 +13,13 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from ..state.clock import Clock
 from ..state.model import Committed, Outgoing, TopicPartition
 from .brokers.base import Broker, TransactionalProducer
-from .deadlines import deadline
+from .deadlines import FIRST_PAUSE, LONGEST_PAUSE, deadline
 from .errors import BrokerError, CheckpointError, FencedError, StalledError
 from .options import WorkerOptions
 from .session import Session
 
 log = logging.getLogger(__name__)
 
-_FIRST_PAUSE, _LONGEST_PAUSE = 0.1, 5.0
 _HEARTBEAT_SECONDS = 0.4
 
 
@@ -97,7 +96,7 @@ class Transactor:
             TopicError: the broker refuses the records for good.
         """
         give_up = self._clock.monotonic() + self._options.stall_timeout
-        pause = _FIRST_PAUSE
+        pause = FIRST_PAUSE
         ends: dict[TopicPartition, int] = {}
         while True:
             try:
@@ -107,7 +106,7 @@ class Transactor:
                 if await self._settled(checkpoint, give_up, error, is_ours):
                     break
                 await self._clock.sleep(pause * (0.5 + self._clock.random() / 2))
-                pause = min(pause * 2, _LONGEST_PAUSE)
+                pause = min(pause * 2, LONGEST_PAUSE)
             else:
                 break
         self.checkpoint = checkpoint
@@ -137,7 +136,7 @@ class Transactor:
     ) -> bool:
         """Whether a failed commit took effect after all, once a new producer has settled its transaction."""
         previous = self.checkpoint
-        pause = _FIRST_PAUSE
+        pause = FIRST_PAUSE
         # Longer than a heartbeat: who was evicted while it stood still hears of it before it fences the next owner.
         await self._clock.sleep(_HEARTBEAT_SECONDS)
         while True:
@@ -151,7 +150,7 @@ class Transactor:
                         f"{error}. Check the broker ({self._broker.url}); a restart goes on where this stopped"
                     ) from cause
                 await self._clock.sleep(pause * (0.5 + self._clock.random() / 2))
-                pause = min(pause * 2, _LONGEST_PAUSE)
+                pause = min(pause * 2, LONGEST_PAUSE)
                 continue
             if ours:
                 return True

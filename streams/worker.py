@@ -5,12 +5,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from decimal import Decimal
 from pathlib import Path
-from typing import Any
 
 from ..handlers.chain import Chain
 from ..handlers.context import NO_COST
@@ -23,12 +22,13 @@ from ..state.store import StoreError, Stores
 from .brokers.base import AssignmentListener, Broker, Member, Moment
 from .catalog import Catalog
 from .dead_letters import HEADROOM_BYTES
-from .deadlines import deadline
+from .deadlines import FIRST_PAUSE, LONGEST_PAUSE, Patience, deadline, to_the_end
 from .delivery import Forwarder
 from .errors import BrokerError, FencedError, OffsetOutOfRangeError, StalledError, TopicError
+from .in_flight import InFlight
 from .options import WorkerOptions
 from .partition_state import CHANGELOG_CONFIG, PartitionState
-from .partition_task import InFlight, PartitionTask
+from .partition_task import PartitionTask
 from .pipeline import Pipeline
 from .processing import Effects, Processor
 from .session import Session
@@ -42,7 +42,6 @@ _FETCH_PATIENCE_SECONDS = 1.0
 _REVOKE_SECONDS = 0.5
 _ELSEWHERE_SECONDS = 1.0
 _PROBE_SECONDS = 10.0
-_FIRST_PAUSE, _LONGEST_PAUSE = 0.1, 5.0
 
 
 @dataclass(slots=True)
@@ -290,7 +289,7 @@ class Worker(AssignmentListener):
         """Run a partition's task, from step 2 again after an error that a fresh look can mend."""
         if former is not None:  # it holds the store
             await asyncio.wait({former}, timeout=self.options.broker_timeout)
-        patience = _Patience(self._clock, self.options.stall_timeout)
+        patience = Patience(self._clock, self.options.stall_timeout)
         while not self._stopping and self._epochs.get(tp) == epoch:
             await self._stable.wait()
             task = self._make_task(tp)
@@ -300,7 +299,7 @@ class Worker(AssignmentListener):
             finally:
                 if self._tasks.get(tp) is task:
                     del self._tasks[tp]
-                await _to_the_end(task.close())
+                await to_the_end(task.close())
             if trouble is None:
                 return
             if patience.is_over(worked=task.has_committed):
@@ -439,7 +438,7 @@ class Worker(AssignmentListener):
     async def _join_again(self) -> None:
         """Join after having been fenced, with the patience that any trouble with the broker gets."""
         give_up = self._clock.monotonic() + self.options.stall_timeout
-        pause = _FIRST_PAUSE
+        pause = FIRST_PAUSE
         while not self._stopping:
             try:
                 await self._join()
@@ -451,7 +450,7 @@ class Worker(AssignmentListener):
             else:
                 return
             await self._clock.sleep(pause)
-            pause = min(pause * 2, _LONGEST_PAUSE)
+            pause = min(pause * 2, LONGEST_PAUSE)
 
     async def _probe(self) -> None:
         """Ask the broker for something now and then while no rows come: a fetch tells nothing of a dead broker."""
@@ -562,37 +561,6 @@ class Worker(AssignmentListener):
             await member.leave()
 
 
-class _Patience:
-    """How long a partition's trouble may last, and the growing pauses between attempts.
-
-    Args:
-        clock: time.
-        stall: seconds after which it is over.
-    """
-
-    def __init__(self, clock: Clock, stall: float) -> None:
-        self._clock = clock
-        self._stall = stall
-        self._pause = _FIRST_PAUSE
-        self._until = self._began = clock.monotonic() + stall
-
-    def begin(self) -> None:
-        """An attempt begins."""
-        self._began = self._clock.monotonic()
-
-    def is_over(self, *, worked: bool) -> bool:
-        """Whether to give up, after an attempt failed. One that worked for a while made this trouble a new one."""
-        now = self._clock.monotonic()
-        if worked or now - self._began > self._stall:
-            self._pause, self._until = _FIRST_PAUSE, now + self._stall
-        return now > self._until
-
-    async def pause(self) -> None:
-        """Wait a little, each time longer."""
-        await self._clock.sleep(self._pause * (0.5 + self._clock.random() / 2))
-        self._pause = min(self._pause * 2, _LONGEST_PAUSE)
-
-
 def state_folder(options: WorkerOptions, broker: Broker) -> Path:
     """Where a worker keeps tables: the option, else a folder beside the embedded broker's files, else one of ours."""
     if options.state_dir is not None:
@@ -609,23 +577,6 @@ def _keeps_order(pipeline: Pipeline, chain: Chain) -> bool:
     if pipeline.ordering == "partition" or not pipeline.tables:
         return pipeline.ordering == "partition" or chain.is_sync
     return chain.is_sync and len(chain.segments) == 1 and chain.stages[0].batch is None
-
-
-async def _to_the_end(work: Coroutine[Any, Any, None]) -> None:
-    """Await something that must not be left half done, also when the caller is cancelled meanwhile."""
-    running = asyncio.create_task(work)
-    cancelled = False
-    while not running.done():
-        try:
-            await asyncio.shield(running)
-        except asyncio.CancelledError:
-            cancelled = True
-    if not cancelled or running.cancelled():
-        running.result()
-    if cancelled:
-        if error := running.exception():
-            log.debug("while letting go: %s", error)
-        raise asyncio.CancelledError
 
 
 async def _flush(tasks: Iterable[PartitionTask], *, goodbye: bool) -> None:

@@ -17,9 +17,10 @@ from rowmill.state.codec import dumps, loads
 from rowmill.state.model import Committed, TopicPartition
 from rowmill.streams.catalog import Catalog
 from rowmill.streams.errors import BrokerError, FencedError, TopicError
+from rowmill.streams.in_flight import InFlight
 from rowmill.streams.options import WorkerOptions
 from rowmill.streams.partition_state import PartitionState
-from rowmill.streams.partition_task import InFlight, PartitionTask
+from rowmill.streams.partition_task import PartitionTask
 from rowmill.streams.processing import Effects, Processor
 from rowmill.streams.session import Session
 from rowmill.streams.transaction import Transactor
