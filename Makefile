@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test unit lint format kafka clean
+.PHONY: help setup demo test unit simulate chaos lint format kafka clean
 
 help: ## list these targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -48,6 +48,14 @@ test: setup ## every test; those on Apache Kafka where Java and Maven (or Docker
 
 unit: setup ## the quick tests only
 	$(PYTEST) tests/unit tests/property -x -q
+
+chaos: setup ## break workers and Kafka on purpose, judge, and write docs/reliability.md (takes about 40 minutes)
+	$(BIN)/python -m tests.chaos
+
+SEEDS ?= 300
+
+simulate: setup ## the real worker on a virtual clock, two processes: make simulate SEEDS=2000
+	$(BIN)/python -m tests.simulation --seeds $(SEEDS) --jobs 2
 
 lint: setup ## ruff, mypy, import directions
 	$(BIN)/ruff check .

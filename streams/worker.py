@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from decimal import Decimal
@@ -17,7 +17,7 @@ from ..handlers.executors import BlockingPool
 from ..handlers.flow import Flow, OnDone, Slots
 from ..state.clock import Clock, SystemClock
 from ..state.context import sum_costs
-from ..state.model import Record, TopicPartition
+from ..state.model import TopicPartition
 from ..state.store import StoreError, Stores
 from .brokers.base import AssignmentListener, Broker, Member, Moment
 from .catalog import Catalog
@@ -134,7 +134,7 @@ class Worker(AssignmentListener):
         self._rejoin = False
         self._failure: BaseException | None = None
         self._ends: Mapping[TopicPartition, int] | None = None
-        self._fetching: asyncio.Task[dict[TopicPartition, Sequence[Record]]] | None = None
+        self._fetching: asyncio.Task[None] | None = None
         self._finished: set[TopicPartition] = set()
         self._asked_elsewhere = -_ELSEWHERE_SECONDS
         self._heard = self._probed = self._clock.monotonic()
@@ -472,14 +472,17 @@ class Worker(AssignmentListener):
         member = self._member
         if member is None:
             return
-        fetching = self._fetching or asyncio.create_task(member.fetch(wanted, self.options.fetch_rows, _FETCH_SECONDS))
+        fetching = self._fetching or asyncio.create_task(self._fetch_and_offer(member, wanted))
         self._fetching = fetching
+        # aiokafka waits in there for as long as a rebalance lasts: look now and then whether there is something else.
         await asyncio.wait({fetching}, timeout=_FETCH_PATIENCE_SECONDS)
-        if not fetching.done():
-            return  # aiokafka waits there for as long as a rebalance lasts: see whether there is something else to do
-        self._fetching = None
+        if fetching.done():
+            self._fetching = None
+            fetching.result()
+
+    async def _fetch_and_offer(self, member: Member, wanted: list[TopicPartition]) -> None:
         try:
-            got = fetching.result()
+            got = await member.fetch(wanted, self.options.fetch_rows, _FETCH_SECONDS)
         except OffsetOutOfRangeError as error:
             self._fail(error)
             return
@@ -488,7 +491,8 @@ class Worker(AssignmentListener):
             await self._clock.sleep(_FETCH_SECONDS)
             return
         # By the port's contract these records lie where the partition was begun last, so they are for its present
-        # task, also if that one was made while the fetch was waiting.
+        # task, also if that one was made while the fetch was waiting. Nothing may be awaited in between: a task that
+        # is begun meanwhile would take records from further on for its first ones, and miss those before them.
         for tp, records in got.items():
             task = self._tasks.get(tp)
             if task is not None and task.running and records:
