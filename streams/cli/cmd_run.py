@@ -13,7 +13,16 @@ from typing import TYPE_CHECKING
 from ...state.errors import ConfigError
 from .connect import broker_words, shown_broker
 from .output import command, plural, reader_has_left, say
-from .parser import Commands, add_broker, add_command, add_commits, add_partitions, add_state_dir, whole_number
+from .parser import (
+    Commands,
+    add_broker,
+    add_command,
+    add_commits,
+    add_max_deaths,
+    add_partitions,
+    add_state_dir,
+    whole_number,
+)
 
 if TYPE_CHECKING:
     from ..inputs import FileInput
@@ -69,6 +78,7 @@ def add_parser(commands: Commands) -> None:
     )
     add_commits(parser)
     add_state_dir(parser)
+    add_max_deaths(parser)
     parser.add_argument("--no-progress", action="store_true", help="no progress bar (there is none in a pipe)")
     parser.add_argument("--json", action="store_true", help="the summary as a JSON object on standard output")
 
@@ -181,6 +191,7 @@ async def _attempt(job: _Job, report: Callable[[int, int | None], None]) -> RunO
         commit_rows=job.args.commit_rows,
         partitions=job.args.partitions,
         state_dir=job.args.state_dir,
+        max_deaths=job.args.max_deaths,
     )
     run = BoundedRun(
         job.pipeline, open_broker(job.args.broker), job.session, job.rows, options=options, progress=report

@@ -14,6 +14,7 @@ from .parser import (
     add_command,
     add_commits,
     add_no_create,
+    add_max_deaths,
     add_partitions,
     add_state_dir,
     seconds,
@@ -77,6 +78,7 @@ def add_parser(commands: Commands) -> None:
         "(default: %(default)s)",
     )
     add_state_dir(parser)
+    add_max_deaths(parser)
     parser.add_argument(
         "--threads",
         metavar="N",
@@ -112,6 +114,7 @@ def _options(args: argparse.Namespace) -> WorkerOptions:
         threads=args.threads,
         guarantee=args.guarantee.replace("-", "_"),
         state_dir=args.state_dir,
+        max_deaths=args.max_deaths,
         create_topics=not args.no_create_topics,
         partitions=args.partitions,
     )

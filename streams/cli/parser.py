@@ -153,6 +153,18 @@ def add_state_dir(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_max_deaths(parser: argparse.ArgumentParser) -> None:
+    """``--max-deaths``."""
+    parser.add_argument(
+        "--max-deaths",
+        metavar="N",
+        type=whole_number(0),
+        default=DEFAULTS.max_deaths,
+        help="a row that was in work at so many deaths of its process in a row becomes a dead letter unrun; 0: never, "
+        "for machines that are killed from outside again and again (default: %(default)s)",
+    )
+
+
 def whole_number(least: int) -> Callable[[str], int]:
     """An option's type: a whole number, underscores allowed as in Python."""
 

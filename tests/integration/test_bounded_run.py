@@ -182,6 +182,7 @@ def run_command(broker_url: str, pipeline: str, source: Path, output: Path, sess
     return [
         ROWMILL, "run", f"{PIPELINES}:{pipeline}", "--input", str(source),
         "--output", str(output), "--session", session, "--broker", broker_url,
+        "--max-deaths", "0",  # these deaths come from outside
     ]  # fmt: skip
 
 

@@ -181,7 +181,7 @@ async def test_no_committed_row_runs_again_after_sigkill(broker_url: str, name: 
     chance = random.Random(seed)
     calls = tmp_path / "calls"
     environment = {**os.environ, "ROWMILL_TEST_NAME": name, "ROWMILL_TEST_CALLS": str(calls)}
-    command = [ROWMILL, "worker", f"{PIPELINES}:unordered", "--broker", broker_url]
+    command = [ROWMILL, "worker", f"{PIPELINES}:unordered", "--broker", broker_url, "--max-deaths", "0"]
     total, topic, session = 5_000, f"{name}-async", Session(f"{name}-async")
     await asyncio.to_thread(publish, topic, [{"n": n} for n in range(total)], broker=broker_url)
     broker = await opened(broker_url)

@@ -354,9 +354,10 @@ async def test_at_least_once_is_quick(broker_url: str, name: str, tmp_path: Path
         assert sum(c.offset for c in committed.values() if c) > 0
 
 
-def start(pipeline: str, url: str, environment: dict[str, str], folder: Path) -> subprocess.Popen[str]:
-    """A worker process."""
+def start(pipeline: str, url: str, environment: dict[str, str], folder: Path, deaths: int) -> subprocess.Popen[str]:
+    """A worker process that buries a row after so many deaths."""
     words = [ROWMILL, "-q", "worker", f"{PIPELINES}:{pipeline}", "--broker", url, "--state-dir", str(folder)]
+    words += ["--max-deaths", str(deaths)]
     return subprocess.Popen(words, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
 
@@ -368,7 +369,7 @@ async def test_killed_again_and_again(broker_url: str, name: str, tmp_path: Path
     environment = {**os.environ, "ROWMILL_TEST_NAME": name}
     await feed(broker_url, source, range(rows))
     for _ in range(6):
-        process = start("counted", broker_url, environment, tmp_path / "state")
+        process = start("counted", broker_url, environment, tmp_path / "state", 0)
         try:
             await asyncio.sleep(1.2 + chance.random() * 1.2)
         finally:
@@ -420,7 +421,9 @@ async def test_a_row_that_kills_the_process(broker_url: str, name: str, tmp_path
     await feed(broker_url, source, range(60))
     deaths = 0
     for _ in range(6):
-        process = start("deadly" if kind == "deadly" else "deadly_plain", broker_url, environment, tmp_path / "state")
+        process = start(
+            "deadly" if kind == "deadly" else "deadly_plain", broker_url, environment, tmp_path / "state", 3
+        )
         try:
             code = await _ended_or_done(process, broker_url, source, 60)
         finally:

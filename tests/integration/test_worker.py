@@ -134,7 +134,7 @@ async def test_workers_that_come_go_and_are_killed(kafka: str, name: str, tmp_pa
     rows = [{"n": n, "key": f"k{n % 40}"} for n in range(16_000)]
     await asyncio.to_thread(publish, name, rows, broker=url, key="key")
     environment = {**os.environ, "ROWMILL_TEST_NAME": name, "ROWMILL_TEST_CALLS": str(calls)}
-    command = [ROWMILL, "worker", f"{PIPELINES}:doubled", "--broker", url]
+    command = [ROWMILL, "worker", f"{PIPELINES}:doubled", "--broker", url, "--max-deaths", "0"]
     workers = [subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)]
     try:
         await until(lambda: calls.exists() and calls.stat().st_size > 500)
