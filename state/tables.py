@@ -224,14 +224,15 @@ class PartitionTables(Layer):
 
     def load(self, records: Sequence[Record], position: int) -> None:
         """Write changelog records to the store, at full speed: a restore."""
-        entries = [
-            (record.key, None if record.value is None else restamp(record.value, record.timestamp))
-            for record in records
-            if record.key
-        ]
         with self._writing:
-            for begin in range(0, len(entries), _WRITE):
-                self._store.write(self._changes_of(entries[begin : begin + _WRITE], None))
+            for begin in range(0, len(records), _WRITE):
+                # Made one by one while they are written: lists of them cost a twentieth of the whole restore.
+                changes: Iterable[Change] = (
+                    (record.key, None if record.value is None else restamp(record.value, record.timestamp))
+                    for record in records[begin : begin + _WRITE]
+                    if record.key
+                )
+                self._store.write(self._changes_of(changes, None) if self._mortal else changes)
             self._store.write([(_POSITION, _NUMBER.pack(position))])
 
     # --- what the store says of itself -------------------------------------------------------------------------

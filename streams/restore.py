@@ -56,14 +56,15 @@ class ChangelogReader:
 
     async def close(self) -> None:
         """Let go of the consumer."""
-        if self._reader is not None:
-            await self._reader.close()
+        reader, self._reader = self._reader, None
+        if reader is not None:
+            await reader.close()
 
     async def restore(self, position: int, load: Load) -> int:
         """Hand over everything from ``position`` to the end; returns how many records there were."""
         began = told = self._clock.monotonic()
         total = 0
-        reader = await self._reading(position)
+        reader = await self._reading(self._changelog, position)
         while position < self.end:
             records, position = await self._next(reader, self._changelog)
             total += len(records)
@@ -85,7 +86,7 @@ class ChangelogReader:
         while until > self.start:
             begin = max(self.start, self.end - step)
             found: Record | None = None
-            reader, position = await self._reading(begin), begin
+            reader, position = await self._reading(self._changelog, begin), begin
             while position < self.end:
                 records, position = await self._next(reader, self._changelog)
                 found = next((r for r in reversed(records) if r.key == CHECKPOINT_KEY), found)
@@ -101,22 +102,24 @@ class ChangelogReader:
             end = (await self._broker.offsets([self._source], "end"))[self._source]
         if not first <= offset < end:
             return None
-        reader = await self._reading(self.end)
-        reader.seek(self._source, offset)
+        reader = await self._reading(self._source, offset)
         try:
             records, _ = await self._next(reader, self._source, 1)
         except OffsetOutOfRangeError:  # retention was quicker
             return None
         return records[0] if records and records[0].offset == offset else None
 
-    async def _reading(self, position: int) -> Reader:
-        if self._reader is None:
-            self._reader = self._broker.reader()
-            async with deadline(self._timeout, f"{self._changelog}: start reading"):
-                await self._reader.start({self._changelog: position, self._source: 0})
-        else:
-            self._reader.seek(self._changelog, position)
-        return self._reader
+    async def _reading(self, tp: TopicPartition, position: int) -> Reader:
+        """A new consumer, of this partition alone.
+
+        Kafka holds a fetch at a log's end open for half a second, and the client has one at a time: a consumer that
+        was there already, or that reads an empty partition besides, waits it out before it fetches anything else.
+        """
+        await self.close()
+        self._reader = reader = self._broker.reader()
+        async with deadline(self._timeout, f"{tp}: start reading"):
+            await reader.start({tp: position})
+        return reader
 
     async def _next(self, reader: Reader, tp: TopicPartition, most: int = _FETCH_ROWS) -> tuple[Sequence[Record], int]:
         """The next records, and the position behind them; a gap gives none and moves the position."""

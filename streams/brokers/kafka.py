@@ -61,6 +61,9 @@ CLOSE_SECONDS = 5.0
 _CANCELLED_CLOSE_SECONDS = 1.0
 RETRY_PAUSE = 0.1
 _HEARTBEAT_MS = 300
+_FETCH_WAIT_MS = 100
+"""How long a broker holds a fetch that finds nothing. The client has one at a time for each broker: a partition that
+begins beside quiet ones waits for it, half a second by default."""
 _METADATA_ATTEMPTS = 20
 _RECORD_BYTES = 100
 """More than the lengths, offsets and times of a record take, and than the head of a batch."""
@@ -383,6 +386,7 @@ class KafkaBroker(Broker):
             enable_auto_commit=False,
             auto_offset_reset="none",
             max_partition_fetch_bytes=4 * 1024 * 1024,
+            fetch_max_wait_ms=_FETCH_WAIT_MS,
             **self._connection,
             **options,
         )

@@ -178,11 +178,10 @@ def test_keys_partition_as_kafka_does(kafka: str, name: str) -> None:
 
 
 def run_command(broker_url: str, pipeline: str, source: Path, output: Path, session: str) -> list[str]:
-    """The command line of a bounded run."""
+    """The command line of a bounded run whose deaths come from outside."""
     return [
-        ROWMILL, "run", f"{PIPELINES}:{pipeline}", "--input", str(source),
-        "--output", str(output), "--session", session, "--broker", broker_url,
-        "--max-deaths", "0",  # these deaths come from outside
+        ROWMILL, "run", f"{PIPELINES}:{pipeline}", "--input", str(source), "--output", str(output),
+        "--max-deaths", "0", "--session", session, "--broker", broker_url,
     ]  # fmt: skip
 
 
