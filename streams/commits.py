@@ -127,8 +127,7 @@ class Commits:
 
     async def note_starts(self, records: Sequence[Record]) -> None:
         """Write down that these rows begin, and return when that is committed."""
-        for record in records:
-            self._state.starts[record.offset] = self._state.starts.get(record.offset, 0) + 1
+        self._state.note_starts(records)
         await self.say_running()
 
     async def say_running(self) -> None:

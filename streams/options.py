@@ -32,8 +32,8 @@ class WorkerOptions:
         state_dir: the folder for tables, of which each worker takes a part of its own; None: ``state`` in the embedded
             broker's folder, else ``.rowmill/state``.
         table_cache_bytes: memory for reading and writing tables, in the whole worker, from 8 MiB (64 MiB).
-        max_deaths: how often a row may be in work while its process dies, before it becomes a dead letter unrun (3);
-            0: never.
+        max_deaths: at how many deaths of its process a row may be seen in work before it becomes a dead letter unrun
+            (3). Looking begins after a first death. 0: never.
         create_topics: whether missing sources, sinks and dead-letter topics are made (True).
         partitions: how many partitions topics that are made get; None: 6 on Kafka, 4 embedded.
     """

@@ -82,6 +82,7 @@ class PartitionState:
             start_time=datetime.fromtimestamp(clock.now_ms() / 1000, UTC),
         )
         self.starts: dict[int, int] = {}
+        self._begun: set[int] = set()  # those of them that this task has begun
         self.witness: tuple[int, int] | None = None
         self.died = False
         """Whether the last task of this partition ended without saying so."""
@@ -271,11 +272,25 @@ class PartitionState:
             raise self._tables.failure
         return (self._tables or self._own_tables).take()
 
+    def note_starts(self, records: Sequence[Record]) -> None:
+        """These rows begin."""
+        for record in records:
+            self.starts[record.offset] = self.starts.get(record.offset, 0) + 1
+            self._begun.add(record.offset)
+
     def forget_starts(self, records: Sequence[Record]) -> None:
         """These rows survived."""
         if self.starts:
             for record in records:
                 self.starts.pop(record.offset, None)
+                self._begun.discard(record.offset)
+
+    def _starts_as_told(self, *, stopped: bool) -> dict[int, int]:
+        """What the changelog is told: in an orderly end, rows that are left in work have killed nobody this time."""
+        if not stopped:
+            return dict(self.starts)
+        told = {offset: count - (offset in self._begun) for offset, count in self.starts.items()}
+        return {offset: count for offset, count in told.items() if count}
 
     def absorb(self, layer: Layer | None) -> None:
         """A lot is done: what its rows wrote counts."""
@@ -306,7 +321,7 @@ class PartitionState:
             self.witness,
             self.counts,
             self.context.to_checkpoint(),
-            dict(self.starts),
+            self._starts_as_told(stopped=stopped),
             self._owner,
             self._generation,
         )

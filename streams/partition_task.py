@@ -501,8 +501,8 @@ class PartitionTask:
         if records[-1].offset >= self._careful_until:
             self._careful_rows -= len(records)
         deaths = self._state.starts.get(records[0].offset, 0)
-        if deaths >= max(1, self._options.max_deaths - 1):
-            yield _deadly(deaths + 1)
+        if deaths >= self._options.max_deaths > 0:
+            yield _deadly(deaths)
         elif deaths:
             async with self._alone:
                 await self._commits.note_starts(records)

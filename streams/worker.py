@@ -36,6 +36,7 @@ from .transaction import CheckpointMovedError, Transactor
 
 log = logging.getLogger(__name__)
 
+_PULSE_SECONDS = 0.25
 _STORE_THREADS = 4
 _FETCH_SECONDS = 0.1
 _FETCH_PATIENCE_SECONDS = 1.0
@@ -151,7 +152,11 @@ class Worker(AssignmentListener):
         try:
             await self._prepare_topics()
             await self._join()
-            await self._serve()
+            pulse = asyncio.create_task(self._feel_pulse())
+            try:
+                await self._serve()
+            finally:
+                pulse.cancel()
             await self._drain()
         finally:  # cancelled, or a bug: what is in work is given up, and runs again elsewhere
             self._stopping = True
@@ -451,6 +456,25 @@ class Worker(AssignmentListener):
                 return
             await self._clock.sleep(pause)
             pause = min(pause * 2, LONGEST_PAUSE)
+
+    async def _feel_pulse(self) -> None:
+        """Notice when this process stood still for so long that its partitions are somebody else's by now.
+
+        It would hear of that from the group, and from being fenced, but only later: until then its handlers would go
+        on being called, and paid, for rows that others run as well.
+        """
+        longest = self._broker.session_timeout
+        last = self._clock.monotonic()
+        while longest is not None:
+            await self._clock.sleep(_PULSE_SECONDS)
+            now = self._clock.monotonic()
+            if now - last > longest:
+                log.warning("stood still for %.1f s, longer than the session timeout: joining again", now - last)
+                for tp in list(self._owners):
+                    self._part(tp)
+                self._rejoin = True
+                self._changed.set()
+            last = now
 
     async def _probe(self) -> None:
         """Ask the broker for something now and then while no rows come: a fetch tells nothing of a dead broker."""

@@ -17,11 +17,11 @@ import pytest
 # Test files are imported one by one (--import-mode=importlib), so nothing else puts tests/ on the path.
 sys.path.insert(0, str(Path(__file__).parent))
 
+from support.kafka_server import KafkaServer, KafkaUnavailableError, find_source
+
 # The machine is shared: how long one example takes says nothing.
 hypothesis.settings.register_profile("rowmill", deadline=None)
 hypothesis.settings.load_profile("rowmill")
-
-from support.kafka_server import KafkaServer, KafkaUnavailableError, find_source
 
 SOURCE = pytest.StashKey[type[KafkaServer] | str]()
 """The class that runs Kafka here, or why there is none."""

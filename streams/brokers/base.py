@@ -216,6 +216,9 @@ class Broker(ABC):
     folder: Path | None = None
     """Where the embedded broker keeps its files; None for brokers elsewhere."""
 
+    session_timeout: float | None = None
+    """Seconds without a sign of life after which a member's partitions go to others; None where they never do."""
+
     max_message_bytes: int
     """Largest record (key, value and headers) that ``send`` can be relied on to write."""
 

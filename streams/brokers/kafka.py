@@ -136,7 +136,7 @@ class KafkaBroker(Broker):
     ) -> None:
         self.url = f"kafka://{bootstrap}"
         self._clock = clock
-        self._session_timeout = session_timeout
+        self.session_timeout: float = session_timeout
         self._connection: dict[str, Any] = {"bootstrap_servers": bootstrap, "request_timeout_ms": 20_000}
         self._connection |= security.client_options() if security else {}
         # At DEBUG the client logs keys and values (FACTS): never let it.
@@ -355,9 +355,9 @@ class KafkaBroker(Broker):
         """A member of a consumer group."""
         consumer = self._consumer(
             group_id=group,
-            session_timeout_ms=int(self._session_timeout * 1000),
+            session_timeout_ms=int(self.session_timeout * 1000),
             # A member hears of a rebalance in the answer to a heartbeat, and all wait for the last one to hear.
-            heartbeat_interval_ms=min(_HEARTBEAT_MS, int(self._session_timeout * 1000 / 4)),
+            heartbeat_interval_ms=min(_HEARTBEAT_MS, int(self.session_timeout * 1000 / 4)),
             # Partitions that stay where they are keep their rows in flight.
             partition_assignment_strategy=(StickyPartitionAssignor,),
             # The default is the session time-out, which is short for handing over many partitions (FACTS).

@@ -46,6 +46,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--only", action="append", metavar="NAME", help="scenarios whose names begin so; repeatable")
     parser.add_argument("--rows", type=int, default=100_000, help="rows of a full scenario (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(1 << 32))
+    parser.add_argument("--jobs", type=int, default=1, help="scenarios at once, each with its Kafka (default: 1)")
     parser.add_argument("--kafka", metavar="HOST:PORT", help="use this one; faults of the broker are left out then")
     parser.add_argument("--package", metavar="DIR", help="workers import rowmill from here (a broken copy, say)")
     parser.add_argument("--keep", type=Path, metavar="DIR", help="keep all workers' logs here")
@@ -54,6 +55,14 @@ def _arguments() -> argparse.Namespace:
 
 
 async def _run_all(scenarios: Sequence[Scenario], args: argparse.Namespace) -> list[Outcome]:
+    """All of them, in ``--jobs`` queues side by side, each with a Kafka of its own; the outcomes in the matrix' order."""
+    queues = [scenarios[number :: args.jobs] for number in range(args.jobs)]
+    done = await asyncio.gather(*(_run_queue(queue, args) for queue in queues if queue))
+    order = {scenario.name: place for place, scenario in enumerate(scenarios)}
+    return sorted((outcome for outcomes in done for outcome in outcomes), key=lambda o: order[o.scenario.name])
+
+
+async def _run_queue(scenarios: Sequence[Scenario], args: argparse.Namespace) -> list[Outcome]:
     outcomes = []
     async with environment(args.kafka, package=args.package, keep=args.keep) as where:
         for scenario in scenarios:

@@ -48,7 +48,7 @@ def _kills() -> list[Scenario]:
         seconds=150, workers=3, session=3,
     )  # fmt: skip
     deadly = Scenario(
-        "deadly-rows", "rows that SIGKILL the process that runs them (expected: a dead letter each after 3 deaths)",
+        "deadly-rows", "rows that SIGKILL the process that runs them (a dead letter each after 3 watched deaths)",
         faults.deadly_rows, times=9, seconds=40, session=3, share=0.25, deadly=3,
     )  # fmt: skip
     return [*found, hundred, deadly]

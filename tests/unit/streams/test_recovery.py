@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from decimal import Decimal
+from functools import partial
 from typing import Any
 
 import pytest
@@ -167,9 +168,13 @@ async def test_tables_that_were_away(bench: Bench, hours: int, wiped: bool, monk
     """Tables that were in use a while ago are warm; after a day they may have missed deletions and are restored."""
     await bench.life(keep, {"n": 0, "k": "a"})
     removed: list[Any] = []
-    monkeypatch.setattr(
-        bench.stores, "remove", lambda *names: removed.append(names) or MemoryStores.remove(bench.stores, *names)
-    )
+    really = bench.stores.remove
+
+    def remove(group: str, tp: TopicPartition) -> None:
+        removed.append(tp)
+        really(group, tp)
+
+    monkeypatch.setattr(bench.stores, "remove", remove)
     bench.clock.advance(hours * 3_600)
     (result,) = await bench.life(keep, {"n": 1, "k": "b"})
     assert (result["all"], bool(removed)) == (["a", "b"], wiped)
@@ -219,9 +224,13 @@ async def test_orderly_stops_are_no_deaths(bench: Bench) -> None:
 
     for _ in range(5):
         async with bench.running(slow, tables=False, drain_timeout=0.01) as worker:
-            await until(lambda worker=worker: worker._in_flight.rows == 1 and bench.found())
+            await until(partial(_is_stuck, bench, worker))
         assert bench.record().stopped
     assert (bench.letters(), bench.record().starts) == ([], {})
+
+
+def _is_stuck(bench: Bench, worker: Worker) -> bool:
+    return worker._in_flight.rows == 1 and bool(bench.found())
 
 
 @pytest.mark.parametrize("cost", [(1, 2**64), (1, -1), (0.5, 0), ("x", 0), (Decimal(10) ** 50, 0)])
