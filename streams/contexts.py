@@ -61,7 +61,6 @@ async def _checkpoint(
     reader = ChangelogReader(broker, TopicPartition(session.changelog(tp.topic), tp.partition), tp, timeout, clock)
     try:
         await reader.open()
-        found = await reader.last_checkpoint()
+        return await reader.last_checkpoint()
     finally:
         await reader.close()
-    return None if found is None or found.value is None else CheckpointRecord.decode(found.value)

@@ -123,22 +123,22 @@ class PartitionState:
 
     async def _restore(self, reader: ChangelogReader, committed: Committed | None) -> CheckpointRecord | None:
         """The changelog's last checkpoint; tables, where there are any, are brought up to it."""
-        found = await reader.last_checkpoint()
-        record = None if found is None or found.value is None else CheckpointRecord.decode(found.value)
-        if self._specs and self._stores is not None:
-            position = await self._open_store()
-            why = self._misfit(reader, position, record, committed)
+        if not self._specs or self._stores is None:
+            return await reader.last_checkpoint()
+        position = await self._open_store()
+        if position is not None:
+            why = self._misfit(reader, position, await reader.last_checkpoint(), committed)
             if why is not None:
                 log.warning("%s: restoring all of the local tables: %s", self._tp, why)
                 await self._wipe()
                 position = await self._open_store()
-            await self._restore_tables(reader, reader.start if position is None else position)
-        return record
+        await self._restore_tables(reader, reader.start if position is None else position)
+        return self._stored_record()
 
     def _misfit(
         self,
         reader: ChangelogReader,
-        position: int | None,
+        position: int,
         record: CheckpointRecord | None,
         committed: Committed | None,
     ) -> str | None:
@@ -148,8 +148,8 @@ class PartitionState:
             CheckpointError: there is no changelog that it could belong to.
         """
         stored = self._stored_record()
-        if position is None or stored is None:
-            return None
+        if stored is None:
+            return "they know of no checkpoint"
         if record is None:
             if committed is not None:
                 raise CheckpointError(
@@ -341,7 +341,7 @@ class PartitionState:
             found = await reader.last_checkpoint()
         finally:
             await reader.close()
-        return found is not None and found.value == self._last_record
+        return found is not None and found.encode() == self._last_record
 
     def _count(self, effects: Effects) -> None:
         counts = self.counts

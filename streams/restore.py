@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Awaitable, Callable, Sequence
 
-from ..state.checkpoint import CHECKPOINT_KEY
+from ..state.checkpoint import CHECKPOINT_KEY, CheckpointRecord
 from ..state.clock import Clock
 from ..state.model import Record, TopicPartition
 from .brokers.base import Broker, Reader
@@ -79,8 +79,12 @@ class ChangelogReader:
             log.info("%s: tables restored: %d records in %.1f s", self._source, total, seconds)
         return total
 
-    async def last_checkpoint(self) -> Record | None:
-        """The changelog's newest checkpoint record, found from the end backwards."""
+    async def last_checkpoint(self) -> CheckpointRecord | None:
+        """The changelog's newest checkpoint, found from the end backwards.
+
+        Raises:
+            CheckpointError: it cannot be read.
+        """
         step = _TAIL
         until = self.end
         while until > self.start:
@@ -91,7 +95,7 @@ class ChangelogReader:
                 records, position = await self._next(reader, self._changelog)
                 found = next((r for r in reversed(records) if r.key == CHECKPOINT_KEY), found)
             if found is not None:
-                return found
+                return CheckpointRecord.decode(found.value or b"")
             until, step = begin, step * 20
         return None
 

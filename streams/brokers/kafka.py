@@ -299,7 +299,9 @@ class KafkaBroker(Broker):
         return {tp: min(ends[tp], timed[tp].offset) if timed[tp] else ends[tp] for tp in tps}
 
     async def _check_exist(self, partitions: Collection[TopicPartition]) -> None:
-        counts = {name: topic.partitions for name, topic in (await self.topics()).items()}
+        async with self._call("describe topics"):  # only these: a cluster may have thousands
+            described = await self._started().describe_topics(sorted({tp.topic for tp in partitions}))
+        counts = {entry["topic"]: len(entry["partitions"]) for entry in described if not entry["error_code"]}
         for tp in partitions:
             if tp.partition >= counts.get(tp.topic, 0):
                 raise TopicError(f"{tp}: no such partition on {self.url}; `rowmill topics` lists what there is")
@@ -757,13 +759,14 @@ class KafkaProducer(Producer):
         client = self._client.client
         with _translated(f"look {tp} up"):
             client.add_topic(tp.topic)
-            for _ in range(_METADATA_ATTEMPTS):
+            for attempt in range(_METADATA_ATTEMPTS):
                 partitions = client.cluster.partitions_for_topic(tp.topic)
                 if partitions and tp.partition in partitions:
                     self._known.add(tp)
                     return
+                if attempt > 1:  # the first answer has it, unless the topic is brand new
+                    await asyncio.sleep(RETRY_PAUSE)
                 await client.force_metadata_update()
-                await asyncio.sleep(RETRY_PAUSE)
         raise TopicError(f"{tp}: no such topic or partition; `rowmill topics` lists what there is")
 
     async def close(self) -> None:

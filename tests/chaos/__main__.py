@@ -55,7 +55,7 @@ def _arguments() -> argparse.Namespace:
 
 
 async def _run_all(scenarios: Sequence[Scenario], args: argparse.Namespace) -> list[Outcome]:
-    """All of them, in ``--jobs`` queues side by side, each with a Kafka of its own; the outcomes in the matrix' order."""
+    """All of them, in ``--jobs`` queues side by side, each with its own Kafka; outcomes in the matrix' order."""
     queues = [scenarios[number :: args.jobs] for number in range(args.jobs)]
     done = await asyncio.gather(*(_run_queue(queue, args) for queue in queues if queue))
     order = {scenario.name: place for place, scenario in enumerate(scenarios)}
