@@ -73,10 +73,12 @@ class ChangelogReader:
             if now - told > _TELL_SECONDS:
                 told = now
                 share = (position - self.start) / max(1, self.end - self.start)
-                log.info("%s: restoring tables: %.0f %%, %d records", self._source, 100 * share, total)
+                log.warning(
+                    "%s: rows wait while tables are restored: %.0f %%, %d records", self._source, 100 * share, total
+                )
         seconds = self._clock.monotonic() - began
         if seconds > _TELL_SECONDS:
-            log.info("%s: tables restored: %d records in %.1f s", self._source, total, seconds)
+            log.warning("%s: tables restored: %d records in %.1f s", self._source, total, seconds)
         return total
 
     async def last_checkpoint(self) -> CheckpointRecord | None:
