@@ -322,6 +322,7 @@ class Worker(AssignmentListener):
             if tp.partition >= self._changelogs[tp.topic]:
                 await self._prepare_changelogs({tp.topic: tp.partition + 1})
             offset = await task.open(self._first_offset)
+            await self._stable.wait()  # the next assignment tells whether it is still ours
             if self._epochs.get(tp) != epoch or self._member is None:
                 return None
             self._tasks[tp] = task
