@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import inspect
 import logging
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 
@@ -179,10 +180,10 @@ class Transactor:
 async def gather_all(awaitables: Sequence[object]) -> list[object]:
     """All of them, to their ends, before the first error is raised: none may go on unwatched."""
     results = await asyncio.gather(*awaitables, return_exceptions=True)  # type: ignore[call-overload]
-    for result in results:
-        if isinstance(result, FencedError):
-            raise result
-    for result in results:
-        if isinstance(result, BaseException):
-            raise result
+    errors = [result for result in results if isinstance(result, BaseException)]
+    if errors:
+        for result in results:
+            if inspect.iscoroutine(result):  # what a send that succeeded would have waited for
+                result.close()
+        raise next((error for error in errors if isinstance(error, FencedError)), errors[0])
     return list(results)

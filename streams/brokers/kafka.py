@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import itertools
 import logging
 import struct
-from collections.abc import AsyncIterator, Awaitable, Collection, Coroutine, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Coroutine, Iterator, Mapping, Sequence
+from typing import Any, ParamSpec, TypeVar
 
 import aiokafka
 from aiokafka import errors as kafka_errors
@@ -51,6 +52,9 @@ from .kafka_records import read_record
 from .security import KafkaSecurity
 
 log = logging.getLogger(__name__)
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
 
 START_SECONDS = 9.0
 """How long the first connection may take; "unreachable" is said within 10 s."""
@@ -111,6 +115,32 @@ def _translated(what: str) -> Iterator[None]:
         raise TopicError(f"{what}: no such topic or partition ({error})") from error
     except (kafka_errors.KafkaError, kafka_errors.IllegalOperation, AssertionError, OSError) as error:
         raise BrokerError(f"{what}: {type(error).__name__}: {error}") from error
+
+
+def _outlives_its_caller(call: Callable[_P, Coroutine[Any, Any, _R]]) -> Callable[_P, Coroutine[Any, Any, _R]]:
+    """Let a request go on when nobody waits for it any more, to its own time-out.
+
+    Only that makes the client close a connection on which no answers come. A caller with a shorter deadline would
+    otherwise ask the same dead connection again and again (seen: a worker that gave up behind a silent proxy).
+    """
+
+    @functools.wraps(call)
+    async def shielded(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        asking = asyncio.create_task(call(*args, **kwargs))
+        _ASKING.add(asking)
+        asking.add_done_callback(_asked)
+        return await asyncio.shield(asking)
+
+    return shielded
+
+
+_ASKING: set[asyncio.Task[Any]] = set()
+
+
+def _asked(asking: asyncio.Task[Any]) -> None:
+    _ASKING.discard(asking)
+    if not asking.cancelled():
+        asking.exception()  # looked at: whoever asked heard it, or has gone
 
 
 class KafkaBroker(Broker):
@@ -186,6 +216,7 @@ class KafkaBroker(Broker):
             cluster = await self._started().describe_cluster()
             return BrokerInfo(self.url, "Apache Kafka", _release(self._started()), len(cluster["brokers"]))
 
+    @_outlives_its_caller
     async def topics(self) -> dict[str, TopicInfo]:
         """All topics but Kafka's internal ones."""
         async with self._call("list topics"):
@@ -196,6 +227,7 @@ class KafkaBroker(Broker):
             if not entry["is_internal"] and not entry["error_code"]
         }
 
+    @_outlives_its_caller
     async def record_limits(self, topics: Collection[str]) -> dict[str, int]:
         """``max.message.bytes`` of each; it holds for a whole batch, so batches are kept below it as well."""
         unknown = [topic for topic in topics if topic not in self._limits]
@@ -260,6 +292,7 @@ class KafkaBroker(Broker):
             while present & set(await self.topics()):
                 await self._clock.sleep(RETRY_PAUSE)
 
+    @_outlives_its_caller
     async def offsets(self, partitions: Collection[TopicPartition], at: Moment) -> dict[TopicPartition, int]:
         """Log start, last stable offset, or first record at a time."""
         if not partitions:
@@ -268,6 +301,7 @@ class KafkaBroker(Broker):
         tps = [aiokafka.TopicPartition(*tp) for tp in partitions]
         async with self._call("look up offsets"):
             lookup = self._looking()
+            await _know(lookup, {tp.topic for tp in partitions})
             if at == "earliest":
                 found = await lookup.beginning_offsets(tps)
             elif at == "end":
@@ -289,6 +323,7 @@ class KafkaBroker(Broker):
                     await _stop(consumer.stop(), consumer._client)  # noqa: SLF001
                     raise
                 self._uncommitted = consumer
+        await _know(self._uncommitted, {tp.topic for tp in tps})
         found: dict[Any, int] = await self._uncommitted.end_offsets(tps)
         return found
 
@@ -308,6 +343,7 @@ class KafkaBroker(Broker):
 
     # --- groups ------------------------------------------------------------------------------------------------
 
+    @_outlives_its_caller
     async def committed(
         self, group: str, partitions: Collection[TopicPartition]
     ) -> dict[TopicPartition, Committed | None]:
@@ -442,6 +478,13 @@ class KafkaBroker(Broker):
         if self._lookup is None:
             raise BrokerError(f"{self.url}: not started, or closed already")
         return self._lookup
+
+
+async def _know(consumer: Any, topics: set[str]) -> None:
+    """Ask for the metadata of all these topics at once: the client would ask for one after the other."""
+    client = consumer._client  # noqa: SLF001
+    if not topics <= client._topics:  # noqa: SLF001
+        await client.set_topics(client._topics | topics)  # noqa: SLF001
 
 
 def _reason(error: BaseException) -> str:

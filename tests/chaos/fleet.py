@@ -172,8 +172,8 @@ class Fleet:
 
     def resume(self, process: Process) -> float:
         """SIGCONT; returns when."""
+        process.resumed.append(time.monotonic())  # before: it may run before we do
         process.popen.send_signal(signal.SIGCONT)
-        process.resumed.append(time.monotonic())
         return process.resumed[-1]
 
     def ask_to_stop(self, process: Process) -> None:
