@@ -17,11 +17,13 @@ from ..state.store import Store, StoreError, Stores
 from ..state.table import Stamped, TableSpec, restamp
 from ..state.tables import Layer, PartitionTables
 from .brokers.base import Broker
+from .deadlines import deadline
 from .errors import CheckpointError
 from .options import WorkerOptions
 from .processing import Effects
 from .restore import ChangelogReader
 from .session import Session
+from .transaction import CheckpointMovedError
 
 log = logging.getLogger(__name__)
 
@@ -116,10 +118,24 @@ class PartitionState:
             self._check(record, committed)
             if record is not None and record.witness is not None and committed is not None:
                 await self._check_source(reader, *record.witness)
+        except CheckpointError as error:
+            await self._check_still(committed, error)
+            raise
         finally:
             await reader.close()
         if record is not None:
             self._go_on_from(record)
+
+    async def _check_still(self, committed: Committed | None, error: CheckpointError) -> None:
+        """Who stood still between reading the offset and reading the changelog compares two different times.
+
+        Raises:
+            CheckpointMovedError: the group has committed meanwhile: another owner is at it, begin again.
+        """
+        async with deadline(self._options.broker_timeout, f"{self._tp}: read the checkpoint"):
+            present = (await self._broker.committed(self._session.group, [self._tp]))[self._tp]
+        if present != committed:
+            raise CheckpointMovedError(f"{self._tp}: committed at {committed}, now at {present}") from error
 
     async def _restore(self, reader: ChangelogReader, committed: Committed | None) -> CheckpointRecord | None:
         """The changelog's last checkpoint; tables, where there are any, are brought up to it."""

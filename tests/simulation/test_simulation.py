@@ -15,7 +15,7 @@ from simulation.loop import Process, SimLoop, StuckError
 from simulation.mutants import MUTANTS, Mutant, first_caught
 from simulation.runner import run_seeds
 
-REGRESSIONS = [1, 11, 15, 23, 46, 57, 158, 186, 258, 307, 347, 767, 956]
+REGRESSIONS = [1, 11, 15, 23, 46, 57, 158, 186, 258, 307, 347, 767, 956, 1752]
 """Seeds that once found a bug."""
 
 _ONE = os.environ.get("ROWMILL_SIM_SEED")
