@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from decimal import Decimal
 from typing import Any, NamedTuple, TypeAlias
 
-from ..state.context import checked_cost
+from ..state.context import checked_cost, sum_costs
 from ..state.errors import ConfigError
 from ..state.model import RESERVED_PREFIX, Headers, Row
 from ..state.table import Operation, RowTables, Table
@@ -122,7 +122,7 @@ class RowContext:
         Raises:
             ConfigError: anything else.
         """
-        self.cost, self.tokens = self.cost + checked_cost(amount), self.tokens + _tokens(tokens)
+        self.cost, self.tokens = sum_costs(self.cost, checked_cost(amount)), self.tokens + _tokens(tokens)
 
     def emit(
         self,

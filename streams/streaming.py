@@ -267,7 +267,7 @@ class _Engine:
         """Money and tokens of the rows committed since the last time."""
         stats = self._worker.stats
         before, self._told_costs = self._told_costs, (stats.cost, stats.tokens)
-        return self._told_costs[0] - before[0], self._told_costs[1] - before[1]
+        return sum_costs(stats.cost, before[0].copy_negate()), self._told_costs[1] - before[1]
 
     async def _publish(self, partitions: int) -> None:
         chunks = self._publisher.publish_chunks(partitions, self._chunk_size, _CHUNK_BYTES)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from decimal import Decimal
 from typing import Any
 
 import pytest
@@ -117,3 +118,11 @@ def test_log_lines_name_the_row(ctx: RowContext, caplog: pytest.LogCaptureFixtur
     assert vars(record)["row"] == "orders/2/17"
     assert vars(record)["session"] == "live"
     assert vars(record)["model"] == "m1"
+
+
+def test_costs_add_up_exactly(ctx: RowContext) -> None:
+    """Sums of money keep every digit, where Decimal's own addition would round to 28."""
+    for amount in (Decimal("1e20"), Decimal("1e-20"), Decimal("0.1")):
+        ctx.add_cost(amount, tokens=2)
+    assert ctx.cost == Decimal("100000000000000000000.10000000000000000001")
+    assert ctx.tokens == 6
