@@ -69,6 +69,8 @@ class Chain:
         """Whether the whole chain may run in one go on one thread."""
         self.segments = _segments(self.stages)
         """The stages in groups that run together: neighbouring plain per-row stages, or one other stage."""
+        self.is_row_by_row = self.is_sync and len(self.segments) == 1 and self.stages[0].batch is None
+        """Whether each row runs through the whole chain before the next one begins."""
 
     def run_sync(self, rows: list[Outcome], contexts: Sequence[RowContext] | None) -> None:
         """Run a chain for which ``is_sync`` holds, on this thread. ``rows`` are replaced by their outcomes.

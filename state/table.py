@@ -69,7 +69,7 @@ class Source(Protocol):
         ...
 
     def scan(self, prefix: bytes) -> dict[bytes, Stamped]:
-        """All entries whose keys begin so, in no particular order."""
+        """All entries whose keys begin so, in no particular order, as a dict of the caller's own."""
         ...
 
 
@@ -108,9 +108,7 @@ class RowTables:
 
     def scan(self, prefix: bytes) -> dict[bytes, Stamped]:
         """What the row sees below there."""
-        found: dict[bytes, Stamped | None] = {**self._source.scan(prefix)}
-        found.update((key, value) for key, value in self._own.items() if key.startswith(prefix))
-        return {key: value for key, value in found.items() if value is not None}
+        return overlaid(self._source.scan(prefix), self._own, prefix)
 
     def put(self, key: bytes, value: Stamped | None) -> None:
         """Note a new value."""
@@ -200,6 +198,19 @@ class Table:
 
     def _is_over(self, value: Stamped) -> bool:
         return is_expired(self._spec, value, self._row.time_ms)
+
+
+def overlaid(
+    below: dict[bytes, Stamped], changes: Mapping[bytes, Stamped | None], prefix: bytes
+) -> dict[bytes, Stamped]:
+    """``below`` with the changes to keys that begin so; it is changed and given back."""
+    for key, value in list(changes.items()):  # a copy: another thread may complete rows meanwhile
+        if key.startswith(prefix):
+            if value is None:
+                below.pop(key, None)
+            else:
+                below[key] = value
+    return below
 
 
 def stamp(spec: TableSpec, value: Any, time_ms: int) -> Stamped:

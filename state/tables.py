@@ -28,6 +28,7 @@ from .table import (
     TableSpec,
     Update,
     is_expired,
+    overlaid,
     restamp,
     stamp,
     time_of,
@@ -63,7 +64,7 @@ class Layer(Source):
     def scan(self, prefix: bytes) -> dict[bytes, Stamped]:
         """All entries whose keys begin so."""
         changes = self.changes
-        return _overlaid(self._below.scan(prefix), changes, prefix)
+        return overlaid(self._below.scan(prefix), changes, prefix)
 
     def settle(self, operations: Iterable[Operation]) -> None:
         """Apply what a row that completes wanted; all of it or nothing.
@@ -284,19 +285,7 @@ class _Below(Source):
         except StoreError as error:
             self.failure = error
             raise
-        return _overlaid(stored, taken, prefix)
-
-
-def _overlaid(
-    below: dict[bytes, Stamped], changes: Mapping[bytes, Stamped | None], prefix: bytes
-) -> dict[bytes, Stamped]:
-    for key, value in list(changes.items()):  # a copy: another thread may complete rows meanwhile
-        if key.startswith(prefix):
-            if value is None:
-                below.pop(key, None)
-            else:
-                below[key] = value
-    return below
+        return overlaid(stored, taken, prefix)
 
 
 def _updated(update: Update, present: Stamped | None) -> Stamped | None:

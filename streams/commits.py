@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 
 from ..handlers.flow import Flight
 from ..state.clock import Clock
-from ..state.model import Committed, Record, TopicPartition
+from ..state.model import Committed, Record
 from .delivery import Forwarder
 from .offsets import OffsetTracker
 from .options import WorkerOptions
@@ -41,9 +41,8 @@ class Commits:
     """A partition task's completed rows and their commits.
 
     Args:
-        tp: the partition.
         delivery: how they are committed.
-        tracker: the offsets; set anew when the task has opened.
+        tracker: the offsets.
         state: tables and context.
         processor: encodes rows of flows.
         options: sizes and times.
@@ -54,7 +53,6 @@ class Commits:
 
     def __init__(
         self,
-        tp: TopicPartition,
         *,
         delivery: Transactor | Forwarder,
         tracker: OffsetTracker,
@@ -65,8 +63,7 @@ class Commits:
         on_commit: Callable[[int, int, Effects, float], None],
         on_change: Callable[[], None],
     ) -> None:
-        self.tp = tp
-        self.tracker = tracker
+        self._tracker = tracker
         self._delivery = delivery
         self._state = state
         self._processor = processor
@@ -208,7 +205,7 @@ class Commits:
         self._begun += 1
         number = self._begun
         pending, self._pending = self._pending, _Pending()
-        checkpoint = self.tracker.snapshot()
+        checkpoint = self._tracker.snapshot()
         taken = self._state.take()
         self._busy = True
         began = self._clock.monotonic()

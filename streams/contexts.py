@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ..state.checkpoint import CheckpointRecord
 from ..state.clock import Clock
 from ..state.context import ExecutionContext
 from ..state.model import TopicPartition
 from .brokers.base import Broker
-from .restore import ChangelogReader
+from .restore import last_checkpoint
 from .session import Session
 
 
@@ -43,7 +42,8 @@ async def session_context(
     contexts = []
     waiting = 0
     for tp in partitions:
-        record = await _checkpoint(broker, session, tp, timeout, clock)
+        changelog = TopicPartition(session.changelog(tp.topic), tp.partition)
+        record = await last_checkpoint(broker, changelog, tp, timeout, clock)
         if record is not None:
             contexts.append(ExecutionContext.from_checkpoint(record.context))
         first = record.offset if record else (await broker.offsets([tp], "earliest"))[tp]
@@ -53,14 +53,3 @@ async def session_context(
     merged = ExecutionContext.merge(contexts)
     merged.total_rows = merged.completed_rows + waiting
     return merged
-
-
-async def _checkpoint(
-    broker: Broker, session: Session, tp: TopicPartition, timeout: float, clock: Clock
-) -> CheckpointRecord | None:
-    reader = ChangelogReader(broker, TopicPartition(session.changelog(tp.topic), tp.partition), tp, timeout, clock)
-    try:
-        await reader.open()
-        return await reader.last_checkpoint()
-    finally:
-        await reader.close()

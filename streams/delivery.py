@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Mapping, Sequence
 
 from ..state.model import Committed, Outgoing, TopicPartition
@@ -11,9 +10,7 @@ from .deadlines import deadline
 from .errors import BrokerError
 from .options import WorkerOptions
 from .session import Session
-from .transaction import gather_all
-
-log = logging.getLogger(__name__)
+from .transaction import gather_all, read_checkpoint
 
 
 class Forwarder:
@@ -56,8 +53,7 @@ class Forwarder:
         self._producer = self._broker.producer()
         async with deadline(self._options.broker_timeout, f"{self._tp}: start the producer"):
             await self._producer.start()
-        async with deadline(self._options.broker_timeout, f"{self._tp}: read the checkpoint"):
-            self.checkpoint = (await self._broker.committed(self._group, [self._tp]))[self._tp]
+        self.checkpoint = await read_checkpoint(self._broker, self._group, self._tp, self._options.broker_timeout)
         return self.checkpoint
 
     async def send(self, outputs: Mapping[TopicPartition, Sequence[Outgoing]]) -> None:

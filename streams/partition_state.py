@@ -11,19 +11,17 @@ from ..handlers.executors import BlockingPool
 from ..state.checkpoint import CHECKPOINT_KEY, CheckpointRecord, crc_of
 from ..state.clock import Clock
 from ..state.context import ExecutionContext, pipeline_uuid, session_uuid
-from ..state.memory import MemoryStore
 from ..state.model import Committed, Outgoing, Record, TopicPartition
 from ..state.store import Store, StoreError, Stores
 from ..state.table import Stamped, TableSpec, restamp
 from ..state.tables import Layer, PartitionTables
 from .brokers.base import Broker
-from .deadlines import deadline
 from .errors import CheckpointError
 from .options import WorkerOptions
 from .processing import Effects
-from .restore import ChangelogReader
+from .restore import ChangelogReader, last_checkpoint
 from .session import Session
-from .transaction import CheckpointMovedError
+from .transaction import CheckpointMovedError, read_checkpoint
 
 log = logging.getLogger(__name__)
 
@@ -76,7 +74,6 @@ class PartitionState:
         self._pool = pool
         self._clock = clock
         self._tables: PartitionTables | None = None
-        self._own_tables = PartitionTables(MemoryStore(), {})
         self.counts: dict[str, int] = dict.fromkeys(("rows", "results", "dropped", "dead_letters", "emitted"), 0)
         self.context = ExecutionContext(
             session_id=session_uuid(session.group),
@@ -132,8 +129,8 @@ class PartitionState:
         Raises:
             CheckpointMovedError: the group has committed meanwhile: another owner is at it, begin again.
         """
-        async with deadline(self._options.broker_timeout, f"{self._tp}: read the checkpoint"):
-            present = (await self._broker.committed(self._session.group, [self._tp]))[self._tp]
+        timeout = self._options.broker_timeout
+        present = await read_checkpoint(self._broker, self._session.group, self._tp, timeout)
         if present != committed:
             raise CheckpointMovedError(f"{self._tp}: committed at {committed}, now at {present}") from error
 
@@ -286,7 +283,7 @@ class PartitionState:
         """
         if self._tables is not None and self._tables.failure is not None:
             raise self._tables.failure
-        return (self._tables or self._own_tables).take()
+        return {} if self._tables is None else self._tables.take()
 
     def note_starts(self, records: Sequence[Record]) -> None:
         """These rows begin."""
@@ -351,12 +348,8 @@ class PartitionState:
 
         It carries this process's name and all counts, so an equal one is the same one.
         """
-        reader = ChangelogReader(self._broker, self.changelog, self._tp, self._options.broker_timeout, self._clock)
-        try:
-            await reader.open()
-            found = await reader.last_checkpoint()
-        finally:
-            await reader.close()
+        timeout = self._options.broker_timeout
+        found = await last_checkpoint(self._broker, self.changelog, self._tp, timeout, self._clock)
         return found is not None and found.encode() == self._last_record
 
     def _count(self, effects: Effects) -> None:
@@ -377,11 +370,9 @@ class PartitionState:
 
     async def written(self, position: int | None) -> None:
         """The commit succeeded: now, and not before, the store may have it."""
-        if self._tables is None:
-            self._own_tables.forget_taken()
-            return
-        await self._pool.run(self._tables.written, position, self._clock.now_ms())
-        self._tables.forget_taken()
+        if self._tables is not None:
+            await self._pool.run(self._tables.written, position, self._clock.now_ms())
+            self._tables.forget_taken()
 
     async def close(self) -> None:
         """Let go of the store."""

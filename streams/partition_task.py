@@ -208,7 +208,6 @@ class PartitionTask:
         self._processor = processor = self._make_processor()
         self._lot = processor.least_rows if processor.learns_pace else max(_FIRST_LOT, processor.least_rows)
         self._commits = Commits(
-            self.tp,
             delivery=self._delivery,
             tracker=self._tracker,
             state=self._state,

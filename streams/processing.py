@@ -128,7 +128,7 @@ class Processor:
         tables: PartitionTables | None = None,
     ) -> None:
         self._tables = tables
-        self._row_by_row = chain.is_sync and len(chain.segments) == 1 and chain.stages[0].batch is None
+        self._row_by_row = chain.is_row_by_row
         self._pipeline = pipeline
         self._chain = chain
         self._session = session

@@ -140,3 +140,20 @@ class ChangelogReader:
                 return records, position
             if self._clock.monotonic() > give_up:
                 raise BrokerTimeoutError(f"{tp}: read from offset {before:,}", self._timeout)
+
+
+async def last_checkpoint(
+    broker: Broker, changelog: TopicPartition, source: TopicPartition, timeout: float, clock: Clock
+) -> CheckpointRecord | None:
+    """A changelog's newest checkpoint, with a reader of its own; None if there is none.
+
+    Raises:
+        CheckpointError: it cannot be read.
+        BrokerError: the broker does not answer.
+    """
+    reader = ChangelogReader(broker, changelog, source, timeout, clock)
+    try:
+        await reader.open()
+        return await reader.last_checkpoint()
+    finally:
+        await reader.close()

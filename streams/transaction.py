@@ -67,7 +67,7 @@ class Transactor:
             BrokerError: the broker does not answer in time.
         """
         await self._new_producer()
-        self.checkpoint = await self._read()
+        self.checkpoint = await read_checkpoint(self._broker, self._group, self._tp, self._options.broker_timeout)
         return self.checkpoint
 
     async def commit(
@@ -172,9 +172,15 @@ class Transactor:
         async with deadline(self._options.broker_timeout, f"{self._tp}: start the transactional producer"):
             await producer.start()
 
-    async def _read(self) -> Committed | None:
-        async with deadline(self._options.broker_timeout, f"{self._tp}: read the checkpoint"):
-            return (await self._broker.committed(self._group, [self._tp]))[self._tp]
+
+async def read_checkpoint(broker: Broker, group: str, tp: TopicPartition, timeout: float) -> Committed | None:
+    """What a group has committed for one partition; None when it never did.
+
+    Raises:
+        BrokerError: the broker does not answer in time.
+    """
+    async with deadline(timeout, f"{tp}: read the checkpoint"):
+        return (await broker.committed(group, [tp]))[tp]
 
 
 async def gather_all(awaitables: Sequence[object]) -> list[object]:

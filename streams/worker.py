@@ -249,7 +249,6 @@ class Worker(AssignmentListener):
         await self._catalog.require(
             [self.session.dead_letters], config={"max.message.bytes": str(room)}, partitions=max(counts)
         )
-
         await self._prepare_changelogs({source: self._catalog.partitions(source) for source in self._sources})
 
     async def _prepare_changelogs(self, partitions: Mapping[str, int]) -> None:
@@ -605,7 +604,7 @@ def _keeps_order(pipeline: Pipeline, chain: Chain) -> bool:
     """
     if pipeline.ordering == "partition" or not pipeline.tables:
         return pipeline.ordering == "partition" or chain.is_sync
-    return chain.is_sync and len(chain.segments) == 1 and chain.stages[0].batch is None
+    return chain.is_row_by_row
 
 
 async def _flush(tasks: Iterable[PartitionTask], *, goodbye: bool) -> None:

@@ -63,6 +63,8 @@ class Mutant:
             yield
 
 
+_READ = "self.checkpoint = await read_checkpoint(self._broker, self._group, self._tp, self._options.broker_timeout)"
+
 MUTANTS = (
     Mutant(
         "hasty-commit",
@@ -93,8 +95,8 @@ MUTANTS = (
             Change(
                 Transactor,
                 "open",
-                "await self._new_producer()\n    self.checkpoint = await self._read()",
-                "self.checkpoint = await self._read()\n    await self._new_producer()",
+                f"await self._new_producer()\n    {_READ}",
+                f"{_READ}\n    await self._new_producer()",
             ),
         ),
     ),
