@@ -17,8 +17,8 @@ from ..state.errors import ConfigError
 from ..state.model import Row
 from .context import RowContext
 from .errors import HandlerTimeoutError, MisfitError
-from .executors import BlockingPool
 from .frames import is_frame, rows_to_frame, split_result
+from .runtime import Runtime
 from .stage import Stage
 
 
@@ -82,13 +82,13 @@ class Chain:
         for segment in self.segments:
             run_segment(segment, rows, contexts)
 
-    async def run(self, rows: list[Outcome], contexts: Sequence[RowContext] | None, pool: BlockingPool) -> None:
-        """Run any chain; blocking stages on ``pool``. ``rows`` are replaced by their outcomes, in order."""
+    async def run(self, rows: list[Outcome], contexts: Sequence[RowContext] | None, runtime: Runtime) -> None:
+        """Run any chain, blocking stages on threads. ``rows`` are replaced by their outcomes, in order."""
         for segment in self.segments:
             if segment[0].is_plain:
-                await pool.run(run_segment, segment, rows, contexts)
+                await runtime.pool.run(run_segment, segment, rows, contexts)
             else:
-                await run_lots(segment[0], rows, contexts, pool)
+                await run_lots(segment[0], rows, contexts, runtime)
 
 
 def _segments(stages: Sequence[Stage]) -> list[tuple[Stage, ...]]:
@@ -206,13 +206,11 @@ def _where(error: BaseException) -> str:
 # --- stages that are awaited -----------------------------------------------------------------------------------
 
 
-async def run_lots(
-    stage: Stage, rows: list[Outcome], contexts: Sequence[RowContext] | None, pool: BlockingPool
-) -> None:
+async def run_lots(stage: Stage, rows: list[Outcome], contexts: Sequence[RowContext] | None, runtime: Runtime) -> None:
     """Any one stage over these rows, one call after the other, in order; ``rows`` are replaced by their outcomes."""
     for lot in _lots(stage, rows, contexts):
         try:
-            lot.settle(await _await_call(stage, lot.arguments(), pool))
+            lot.settle(await _await_call(stage, lot.arguments(), runtime))
             _raise_if_cancelled()
         except asyncio.CancelledError as error:
             _raise_if_ours()
@@ -221,7 +219,7 @@ async def run_lots(
             lot.fail(error)
 
 
-async def attempt(stage: Stage, row: Row, context: RowContext | None, pool: BlockingPool) -> Outcome:
+async def attempt(stage: Stage, row: Row, context: RowContext | None, runtime: Runtime) -> Outcome:
     """One row through one stage of one row per call. Whatever the handler does wrong is the row's Failure."""
     try:
         if stage.is_async and stage.timeout is None:
@@ -229,7 +227,7 @@ async def attempt(stage: Stage, row: Row, context: RowContext | None, pool: Bloc
             if result.__class__ is not dict:  # a wrapper around an async handler may have run it already
                 result = await result
         else:
-            result = await _await_call(stage, (row, context) if stage.takes_context else (row,), pool)
+            result = await _await_call(stage, (row, context) if stage.takes_context else (row,), runtime)
         return result if result.__class__ is dict else _odd_result(stage, result)
     except asyncio.CancelledError as error:
         _raise_if_ours()
@@ -252,9 +250,9 @@ def _raise_if_ours() -> None:
         raise  # noqa: PLE0704 - called where a CancelledError is being handled
 
 
-async def _await_call(stage: Stage, arguments: tuple[Any, ...], pool: BlockingPool) -> Any:
+async def _await_call(stage: Stage, arguments: tuple[Any, ...], runtime: Runtime) -> Any:
     if not stage.is_async:
-        return await pool.run(stage.handler, *arguments, timeout=stage.timeout)
+        return await runtime.pool.run(stage.handler, *arguments, timeout=stage.timeout)
     limit = asyncio.timeout(stage.timeout)
     try:
         async with limit:

@@ -11,6 +11,7 @@ from ..state.context import checked_cost, sum_costs
 from ..state.errors import ConfigError
 from ..state.model import RESERVED_PREFIX, Headers, Row
 from ..state.table import Operation, RowTables, Table
+from .runtime import Runtime
 
 _LOG = logging.getLogger("rowmill.handler")
 
@@ -41,8 +42,8 @@ class RowContext:
     """
 
     __slots__ = (
-        "_headers", "_key", "_open_tables", "_tables", "cost", "emitted", "offset", "partition", "placed", "session",
-        "timestamp", "tokens", "topic",
+        "_headers", "_key", "_open_tables", "_runtime", "_tables", "cost", "emitted", "offset", "partition", "placed",
+        "session", "timestamp", "tokens", "topic",
     )  # fmt: skip
 
     def __init__(
@@ -55,6 +56,7 @@ class RowContext:
         headers: Headers,
         session: str,
         open_tables: TablesOpener | None = None,
+        runtime: Runtime | None = None,
     ) -> None:
         self.topic = topic
         self.partition = partition
@@ -65,6 +67,7 @@ class RowContext:
         self._headers = headers
         self._open_tables = open_tables
         self._tables: RowTables | None = None
+        self._runtime = runtime
         self.emitted: list[Emit] = []
         self.cost = NO_COST
         self.tokens = 0
@@ -94,6 +97,17 @@ class RowContext:
     def log(self) -> logging.LoggerAdapter[logging.Logger]:
         """A logger whose lines name session and row."""
         return _RowLog(_LOG, {"session": self.session, "row": f"{self.topic}/{self.partition}/{self.offset}"})
+
+    @property
+    def runtime(self) -> Runtime:
+        """What the stages of this worker share; for handlers that run stages of their own.
+
+        Raises:
+            ConfigError: the context was made by hand, without one.
+        """
+        if self._runtime is None:
+            raise ConfigError("ctx.runtime", None, "make the context with RowContext(..., runtime=Runtime(pool))")
+        return self._runtime
 
     def table(self, name: str) -> Table:
         """A table that the pipeline declared with :meth:`~rowmill.Pipeline.table`.

@@ -17,13 +17,13 @@ from __future__ import annotations
 import asyncio
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, TypeAlias
 
 from ..state.model import Row
 from .chain import Chain, Failure, Outcome, attempt, run_lots, run_segment
 from .context import RowContext
-from .executors import BlockingPool
+from .runtime import Runtime
 from .stage import Stage
 
 _PLAIN_ROWS = 500
@@ -46,26 +46,12 @@ OnDone: TypeAlias = "Callable[[Flight], Callable[[], Coroutine[Any, Any, None]] 
 """Called with every row that is through; may return what has to run to its end before the row's key goes on."""
 
 
-class Slots:
-    """How many calls of each stage may run at once in the whole worker; shared by its flows."""
-
-    def __init__(self, stages: Sequence[Stage]) -> None:
-        self._slots: Mapping[str, asyncio.Semaphore] = {
-            stage.name: asyncio.Semaphore(stage.concurrency) for stage in stages
-        }
-
-    def of(self, stage: Stage) -> asyncio.Semaphore:
-        """The stage's slots."""
-        return self._slots[stage.name]
-
-
 class Flow:
     """Runs flights through a chain.
 
     Args:
         chain: the stages.
-        pool: threads for plain and blocking stages.
-        slots: the worker's slots.
+        runtime: what the worker's stages share.
         on_done: called on the event loop with every flight that is through, failed or dropped.
         on_error: called when an error of the flow's own, not of a handler, waits for :meth:`check`.
         by_key: whether rows of one key (other than None) run one after the other, in the order they entered.
@@ -75,8 +61,7 @@ class Flow:
     def __init__(
         self,
         chain: Chain,
-        pool: BlockingPool,
-        slots: Slots,
+        runtime: Runtime,
         on_done: OnDone,
         on_error: Callable[[], None],
         *,
@@ -96,7 +81,7 @@ class Flow:
         segment: _Segment | None = None
         for stages in reversed(chain.segments):
             leave = segment.enter if segment is not None else self._done
-            segment = _make_segment(self, stages, pool, slots, leave, linger)
+            segment = _make_segment(self, stages, runtime, leave, linger)
         assert segment is not None  # noqa: S101 - a chain has stages
         self._first = segment
 
@@ -176,15 +161,14 @@ class Flow:
 def _make_segment(
     flow: Flow,
     stages: tuple[Stage, ...],
-    pool: BlockingPool,
-    slots: Slots,
+    runtime: Runtime,
     leave: Callable[[Flight], None],
     linger: float,
 ) -> _Segment:
     first = stages[0]
     if first.batch is not None:
-        return _Batches(flow, first, pool, slots.of(first), leave, linger)
-    return _Plain(flow, stages, pool, leave) if first.is_plain else _Lanes(flow, first, pool, slots.of(first), leave)
+        return _Batches(flow, first, runtime, leave, linger)
+    return _Plain(flow, stages, runtime, leave) if first.is_plain else _Lanes(flow, first, runtime, leave)
 
 
 class _Segment(ABC):
@@ -212,11 +196,11 @@ class _Plain(_Segment):
     """Fused plain stages: what has come together while the last lot ran is the next one."""
 
     def __init__(
-        self, flow: Flow, stages: tuple[Stage, ...], pool: BlockingPool, leave: Callable[[Flight], None]
+        self, flow: Flow, stages: tuple[Stage, ...], runtime: Runtime, leave: Callable[[Flight], None]
     ) -> None:
         super().__init__(flow, leave)
         self._stages = stages
-        self._pool = pool
+        self._runtime = runtime
         self._busy = False
 
     def _wake(self) -> None:
@@ -229,7 +213,7 @@ class _Plain(_Segment):
             while self._queue:
                 lot = [self._queue.popleft() for _ in range(min(len(self._queue), _PLAIN_ROWS))]
                 values, contexts = _columns(lot)
-                await self._pool.run(run_segment, self._stages, values, contexts)
+                await self._runtime.pool.run(run_segment, self._stages, values, contexts)
                 _hand_on(lot, values, self._leave)
         finally:
             self._busy = False
@@ -242,14 +226,13 @@ class _Lanes(_Segment):
         self,
         flow: Flow,
         stage: Stage,
-        pool: BlockingPool,
-        slots: asyncio.Semaphore,
+        runtime: Runtime,
         leave: Callable[[Flight], None],
     ) -> None:
         super().__init__(flow, leave)
         self._stage = stage
-        self._pool = pool
-        self._slots = slots
+        self._runtime = runtime
+        self._slots = runtime.slots(stage)
         self._lanes = 0
 
     def _wake(self) -> None:
@@ -259,7 +242,7 @@ class _Lanes(_Segment):
 
     async def _lane(self) -> None:
         """Row after row until none is left: the hot path of async rows."""
-        queue, slots, stage, pool, leave = self._queue, self._slots, self._stage, self._pool, self._leave
+        queue, slots, stage, runtime, leave = self._queue, self._slots, self._stage, self._runtime, self._leave
         try:
             while queue and not self._flow.is_closed:
                 async with slots:
@@ -268,9 +251,9 @@ class _Lanes(_Segment):
                     flight = queue.popleft()
                     value = flight.value
                     if value.__class__ is dict:
-                        flight.value = await attempt(stage, value, flight.context, pool)
+                        flight.value = await attempt(stage, value, flight.context, runtime)
                     else:
-                        flight.value = await _attempt_all(stage, value, flight.context, pool)
+                        flight.value = await _attempt_all(stage, value, flight.context, runtime)
                 leave(flight)
         finally:
             self._lanes -= 1
@@ -283,15 +266,14 @@ class _Batches(_Segment):
         self,
         flow: Flow,
         stage: Stage,
-        pool: BlockingPool,
-        slots: asyncio.Semaphore,
+        runtime: Runtime,
         leave: Callable[[Flight], None],
         linger: float,
     ) -> None:
         super().__init__(flow, leave)
         self._stage = stage
-        self._pool = pool
-        self._slots = slots
+        self._runtime = runtime
+        self._slots = runtime.slots(stage)
         self._linger = linger
         self._timer: asyncio.TimerHandle | None = None
 
@@ -313,7 +295,7 @@ class _Batches(_Segment):
     async def _call(self, lot: list[Flight]) -> None:
         values, contexts = _columns(lot)
         async with self._slots:
-            await run_lots(self._stage, values, contexts, self._pool)
+            await run_lots(self._stage, values, contexts, self._runtime)
         _hand_on(lot, values, self._leave)
 
 
@@ -328,11 +310,11 @@ def _hand_on(lot: Sequence[Flight], values: Sequence[Outcome], leave: Callable[[
         leave(flight)
 
 
-async def _attempt_all(stage: Stage, rows: Any, context: RowContext | None, pool: BlockingPool) -> Outcome:
+async def _attempt_all(stage: Stage, rows: Any, context: RowContext | None, runtime: Runtime) -> Outcome:
     """A row that an earlier stage split: each part in turn; one failure is the failure of all."""
     out: list[Row] = []
     for row in rows:
-        outcome = await attempt(stage, row, context, pool)
+        outcome = await attempt(stage, row, context, runtime)
         if isinstance(outcome, Failure):
             return outcome
         out += outcome if isinstance(outcome, list) else [] if outcome is None else [outcome]

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 from ..handlers.chain import Chain, Failure, Outcome
 from ..handlers.context import RowContext, key_bytes
 from ..handlers.executors import BlockingPool
+from ..handlers.runtime import Runtime
 from ..handlers.stage import Handler, Stage, make_stage
 from ..state.codec import MAX_DEPTH
 from ..state.errors import ConfigError, RowmillError
@@ -189,12 +190,13 @@ class Pipeline:
         rows: list[Outcome] = [dict(row)]
         key_bytes(key)
         tables = PartitionTables(MemoryStore(), self._tables)
-        context = RowContext(self.sources[0], 0, 0, 0, key, (), "process", lambda _: tables.view(tables, 0))
 
         async def run() -> None:
             pool = BlockingPool(1)
+            view = lambda _: tables.view(tables, 0)  # noqa: E731
+            context = RowContext(self.sources[0], 0, 0, 0, key, (), "process", view, Runtime(pool))
             try:
-                await self.chain().run(rows, [context], pool)
+                await self.chain().run(rows, [context], context.runtime)
             finally:
                 pool.close()
 

@@ -14,9 +14,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from ..handlers.chain import Chain, Failure, Outcome
 from ..handlers.context import NO_COST, Emit, RowContext, TablesOpener
-from ..handlers.executors import BlockingPool
 from ..handlers.flow import Flight
-from ..state.clock import Clock, SystemClock
+from ..handlers.runtime import Runtime
 from ..state.codec import decode, encode
 from ..state.context import sum_costs
 from ..state.errors import BadRowError, ConfigError
@@ -111,8 +110,7 @@ class Processor:
         session: which execution this is.
         tp: the partition that is read.
         catalog: partition counts of topics; source, sink and dead-letter topic are known to it already.
-        pool: threads for blocking work.
-        clock: the time; brokers refuse records from the future.
+        runtime: what the worker's stages share; its clock tells which records are from the future.
         tables: the partition's tables, where the pipeline has any.
     """
 
@@ -123,8 +121,7 @@ class Processor:
         session: Session,
         tp: TopicPartition,
         catalog: Catalog,
-        pool: BlockingPool,
-        clock: Clock | None = None,
+        runtime: Runtime,
         tables: PartitionTables | None = None,
     ) -> None:
         self._tables = tables
@@ -134,8 +131,8 @@ class Processor:
         self._session = session
         self._tp = tp
         self._catalog = catalog
-        self._pool = pool
-        self._clock = clock or SystemClock()
+        self._runtime = runtime
+        self._clock = runtime.clock
         self._sink = session.output(pipeline.sink)
         self._sink_partitions = catalog.partitions(self._sink)
         # Co-partitioned topics keep a row in the partition of the same number, whatever partitioner the sender
@@ -178,21 +175,21 @@ class Processor:
     async def _process(self, batch: Batch) -> Effects:
         lot = _Lot(self, batch, self._tables, self._row_by_row) if self._tables and self._chain.takes_context else None
         if self._chain.is_sync:
-            effects = await self._pool.run(self._decode_and_run, batch, lot)
+            effects = await self._runtime.pool.run(self._decode_and_run, batch, lot)
         else:
             self.decode(batch, lot)
-            await self._chain.run(batch.rows, batch.contexts, self._pool)
-            effects = await self._pool.run(self._settle_and_encode, batch, lot)
+            await self._chain.run(batch.rows, batch.contexts, self._runtime)
+            effects = await self._runtime.pool.run(self._settle_and_encode, batch, lot)
         while not isinstance(effects, Effects):
             await self._catalog.ensure(effects.names)
-            effects = await self._pool.run(self._settle_and_encode, batch, lot)
+            effects = await self._runtime.pool.run(self._settle_and_encode, batch, lot)
         effects.tables = lot.layer if lot else None
         return effects
 
     async def encode(self, batch: Batch) -> Effects:
         """The effects of a batch that ran; topics that rows are emitted to are looked up on the way."""
         while True:
-            effects = await self._pool.run(self._encode, batch)
+            effects = await self._runtime.pool.run(self._encode, batch)
             if isinstance(effects, Effects):
                 return effects
             await self._catalog.ensure(effects.names)
@@ -311,6 +308,7 @@ class Processor:
             _foreign(record.headers) if record.headers else (),
             self._session.id,
             open_tables,
+            self._runtime,
         )
 
     # --- out -------------------------------------------------------------------------------------------------

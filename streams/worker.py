@@ -14,7 +14,8 @@ from pathlib import Path
 from ..handlers.chain import Chain
 from ..handlers.context import NO_COST
 from ..handlers.executors import BlockingPool
-from ..handlers.flow import Flow, OnDone, Slots
+from ..handlers.flow import Flow, OnDone
+from ..handlers.runtime import Runtime
 from ..state.clock import Clock, SystemClock
 from ..state.context import sum_costs
 from ..state.model import TopicPartition
@@ -119,7 +120,7 @@ class Worker(AssignmentListener):
         self._name = self._clock.token()
         self._alone = asyncio.Lock()
         self._changelogs: dict[str, int] = {}  # partitions of the changelog by source
-        self._slots = Slots(pipeline.stages)
+        self._runtime = Runtime(self._pool, self._clock)
         self._in_flight = InFlight(self.options.max_in_flight, self.options.max_in_flight_bytes)
         self._member: Member | None = None
         self._epoch = 0
@@ -376,8 +377,7 @@ class Worker(AssignmentListener):
                 self.session,
                 tp,
                 self._catalog,
-                self._pool,
-                self._clock,
+                self._runtime,
                 state.tables,
             ),
             make_flow=None if self._keeps_order else self._make_flow,
@@ -397,8 +397,7 @@ class Worker(AssignmentListener):
     def _make_flow(self, on_done: OnDone, on_error: Callable[[], None]) -> Flow:
         return Flow(
             self._chain,
-            self._pool,
-            self._slots,
+            self._runtime,
             on_done,
             on_error,
             by_key=self.pipeline.ordering == "key",

@@ -68,7 +68,7 @@ _HEARTBEAT_MS = 300
 _FETCH_WAIT_MS = 100
 """How long a broker holds a fetch that finds nothing. The client has one at a time for each broker: a partition that
 begins beside quiet ones waits for it, half a second by default."""
-_METADATA_ATTEMPTS = 20
+_METADATA_ATTEMPTS = 100
 _RECORD_BYTES = 100
 """More than the lengths, offsets and times of a record take, and than the head of a batch."""
 

@@ -15,6 +15,7 @@ import pytest
 from rowmill.handlers.chain import Chain, Failure, Outcome
 from rowmill.handlers.context import RowContext
 from rowmill.handlers.executors import BlockingPool
+from rowmill.handlers.runtime import Runtime
 from rowmill.handlers.stage import Stage, make_stage
 from rowmill.state.errors import ConfigError
 
@@ -39,7 +40,7 @@ def run(pool: BlockingPool) -> Run:
         outcomes: list[Outcome] = list(rows)
         contexts = [context(i) for i in range(len(rows))] if chain.takes_context else None
         async with asyncio.timeout(10):
-            await chain.run(outcomes, contexts, pool)
+            await chain.run(outcomes, contexts, Runtime(pool))
         return [list(outcome) if isinstance(outcome, list) else outcome for outcome in outcomes]
 
     return through
@@ -505,7 +506,7 @@ async def test_being_stopped_is_no_failure(pool: BlockingPool, way: Any) -> None
 
     stage = make_stage(block, timeout=30) if way is limited else make_stage(wait, batch=way(treat, "x").batch)
     rows: list[Outcome] = [{"n": 0}]
-    task = asyncio.create_task(Chain([stage]).run(rows, None, pool))
+    task = asyncio.create_task(Chain([stage]).run(rows, None, Runtime(pool)))
     try:
         async with asyncio.timeout(10):
             await started.wait()

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 from rowmill.handlers.chain import Chain, Failure
 from rowmill.handlers.executors import BlockingPool
-from rowmill.handlers.flow import Flight, Flow, Slots
+from rowmill.handlers.flow import Flight, Flow
+from rowmill.handlers.runtime import Runtime
 from rowmill.handlers.stage import make_stage
 
 
@@ -24,7 +25,7 @@ async def run(stages: Sequence[Any], rows: Sequence[Any], *, by_key: bool = Fals
         if len(done) == len(rows):
             finished.set()
 
-    flow = Flow(chain, pool, Slots(stages), on_done, lambda: None, by_key=by_key, linger=linger)
+    flow = Flow(chain, Runtime(pool), on_done, lambda: None, by_key=by_key, linger=linger)
     for number, row in enumerate(rows):
         key, value = row if isinstance(row, tuple) else (None, row)
         flow.enter(Flight(value, None, key, number))
@@ -84,7 +85,8 @@ async def test_slots_are_shared_between_flows() -> None:
         return row
 
     stages = [make_stage(count, concurrency=3)]
-    slots, pool, left = Slots(stages), BlockingPool(1), 40
+    pool, left = BlockingPool(1), 40
+    runtime = Runtime(pool)
     finished = asyncio.Event()
 
     def on_done(_: Flight) -> None:
@@ -93,7 +95,7 @@ async def test_slots_are_shared_between_flows() -> None:
         if not left:
             finished.set()
 
-    flows = [Flow(Chain(stages), pool, slots, on_done, lambda: None, by_key=False, linger=0) for _ in range(2)]
+    flows = [Flow(Chain(stages), runtime, on_done, lambda: None, by_key=False, linger=0) for _ in range(2)]
     for flow in flows:
         for n in range(20):
             flow.enter(Flight({"n": n}, None, None, n))
@@ -213,7 +215,7 @@ async def test_closing_cancels_what_runs() -> None:
         return row
 
     stages, pool = [make_stage(hang)], BlockingPool(1)
-    flow = Flow(Chain(stages), pool, Slots(stages), done.append, lambda: None, by_key=False, linger=0)
+    flow = Flow(Chain(stages), Runtime(pool), done.append, lambda: None, by_key=False, linger=0)
     flow.enter(Flight({"n": 1}, None, None, 1))
     async with asyncio.timeout(5):
         await entered.wait()

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from rowmill import Pipeline
 from rowmill.handlers.executors import BlockingPool
+from rowmill.handlers.runtime import Runtime
 from rowmill.handlers.stage import Stage, make_stage
 from rowmill.state.clock import Clock, SystemClock
 from rowmill.state.codec import dumps, loads
@@ -86,7 +87,7 @@ class Bench:
             alone=asyncio.Lock(),
             delivery=Transactor(self.broker, session, TP, settings, clock),
             state=PartitionState(self.broker, session, TP, {}, None, settings, self.pool, clock, "me"),
-            make_processor=lambda: Processor(pipeline, pipeline.chain(), session, TP, catalog, self.pool),
+            make_processor=lambda: Processor(pipeline, pipeline.chain(), session, TP, catalog, Runtime(self.pool)),
             options=settings,
             clock=clock,
             on_commit=lambda _tp, effects, _seconds: self.commits.append(effects),

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from rowmill import Pipeline, RowContext
 from rowmill.handlers.executors import BlockingPool
+from rowmill.handlers.runtime import Runtime
 from rowmill.state.codec import loads
 from rowmill.state.model import Outgoing, StoredRecord, TopicPartition
 from rowmill.streams.catalog import Catalog
@@ -64,7 +65,7 @@ def process(broker: FakeBroker, pool: BlockingPool) -> Process:
         catalog = Catalog(broker, create=True, partitions=3, timeout=5)
         await catalog.ensure([session.source("in"), session.output("out"), session.dead_letters])
         tp = TopicPartition(session.source("in"), 2)
-        processor = Processor(pipeline, pipeline.chain(), session, tp, catalog, pool)
+        processor = Processor(pipeline, pipeline.chain(), session, tp, catalog, Runtime(pool))
         return await processor.process(records)
 
     return run
@@ -477,7 +478,7 @@ async def test_a_source_that_grew(broker: FakeBroker, pool: BlockingPool) -> Non
     await catalog.ensure(["in", "out", LIVE.dead_letters])
     new = TopicPartition("in", 9)
     pipeline = pipeline_of()
-    effects = await Processor(pipeline, pipeline.chain(), LIVE, new, catalog, pool).process(
+    effects = await Processor(pipeline, pipeline.chain(), LIVE, new, catalog, Runtime(pool)).process(
         [record({"a": 1}, key=b"k", partition=9)]
     )
     [target] = effects.outputs
