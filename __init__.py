@@ -10,8 +10,32 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .handlers.analysis import Analyser, Assembly
+    from .handlers.breaker import CircuitBreaker
+    from .handlers.budget import Budget
+    from .handlers.cache import Cache
     from .handlers.context import RowContext
+    from .handlers.costs import CostTracker
+    from .handlers.dispatch import Events
+    from .handlers.errors import (
+        GraphError,
+        HandlerTimeoutError,
+        ProcessDiedError,
+        SchemaError,
+        StageFailedError,
+        StopExecution,
+        UnroutedError,
+    )
+    from .handlers.graph import Graph, GraphResult
+    from .handlers.graph_run import NodeReport
+    from .handlers.limits import RateLimit
+    from .handlers.outcomes import Failure
+    from .handlers.registry import Registry
+    from .handlers.retry import Retry
+    from .handlers.routing import Route, Router
     from .handlers.stage import Stage
+    from .state.artifact_stores import open_artifacts
+    from .state.artifacts import ArtifactError, ArtifactStore
     from .state.context import ExecutionContext
     from .state.errors import BadRowError, CheckpointError, ConfigError, RowmillError
     from .state.stats import ProcessingStats
@@ -25,10 +49,12 @@ if TYPE_CHECKING:
         GroupBusyError,
         InputError,
         OffsetOutOfRangeError,
+        RowFailedError,
         SessionError,
         StalledError,
         TopicError,
     )
+    from .streams.executors import AsyncExecutor, ExecutionStrategy, StreamingExecutor, SyncExecutor
     from .streams.options import WorkerOptions
     from .streams.pipeline import Pipeline
     from .streams.results import CostEstimate, ErrorInfo, ExecutionResult
@@ -39,66 +65,128 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "Analyser": "handlers.analysis",
+    "ArtifactError": "state.artifacts",
+    "ArtifactStore": "state.artifacts",
+    "Assembly": "handlers.analysis",
+    "AsyncExecutor": "streams.executors",
     "BadRowError": "state.errors",
     "BrokerError": "streams.errors",
     "BrokerTimeoutError": "streams.errors",
     "BrokerUnreachableError": "streams.errors",
+    "Budget": "handlers.budget",
+    "Cache": "handlers.cache",
     "CheckpointError": "state.errors",
+    "CircuitBreaker": "handlers.breaker",
     "ConfigError": "state.errors",
     "CostEstimate": "streams.results",
+    "CostTracker": "handlers.costs",
     "ErrorInfo": "streams.results",
+    "Events": "handlers.dispatch",
     "ExecutionContext": "state.context",
     "ExecutionResult": "streams.results",
+    "ExecutionStrategy": "streams.executors",
+    "Failure": "handlers.outcomes",
     "FencedError": "streams.errors",
+    "Graph": "handlers.graph",
+    "GraphError": "handlers.errors",
+    "GraphResult": "handlers.graph",
     "GroupBusyError": "streams.errors",
+    "HandlerTimeoutError": "handlers.errors",
     "InputError": "streams.errors",
     "Message": "streams.client",
+    "NodeReport": "handlers.graph_run",
     "OffsetOutOfRangeError": "streams.errors",
     "Pipeline": "streams.pipeline",
+    "ProcessDiedError": "handlers.errors",
     "ProcessingStats": "state.stats",
+    "RateLimit": "handlers.limits",
+    "Registry": "handlers.registry",
+    "Retry": "handlers.retry",
+    "Route": "handlers.routing",
+    "Router": "handlers.routing",
     "RowContext": "handlers.context",
+    "RowFailedError": "streams.errors",
     "RowmillError": "state.errors",
+    "SchemaError": "handlers.errors",
     "Session": "streams.session",
     "SessionError": "streams.errors",
     "Stage": "handlers.stage",
+    "StageFailedError": "handlers.errors",
     "StalledError": "streams.errors",
+    "StopExecution": "handlers.errors",
+    "StreamingExecutor": "streams.executors",
     "StreamingResult": "streams.streaming",
+    "SyncExecutor": "streams.executors",
     "TopicError": "streams.errors",
+    "UnroutedError": "handlers.errors",
     "Worker": "streams.worker",
     "WorkerOptions": "streams.options",
+    "open_artifacts": "state.artifact_stores",
     "open_broker": "streams.brokers.open",
     "publish": "streams.client",
     "read": "streams.client",
 }
 
 __all__ = [
+    "Analyser",
+    "ArtifactError",
+    "ArtifactStore",
+    "Assembly",
+    "AsyncExecutor",
     "BadRowError",
     "BrokerError",
     "BrokerTimeoutError",
     "BrokerUnreachableError",
+    "Budget",
+    "Cache",
     "CheckpointError",
+    "CircuitBreaker",
     "ConfigError",
     "CostEstimate",
+    "CostTracker",
     "ErrorInfo",
+    "Events",
     "ExecutionContext",
     "ExecutionResult",
+    "ExecutionStrategy",
+    "Failure",
     "FencedError",
+    "Graph",
+    "GraphError",
+    "GraphResult",
     "GroupBusyError",
+    "HandlerTimeoutError",
     "InputError",
     "Message",
+    "NodeReport",
     "OffsetOutOfRangeError",
     "Pipeline",
+    "ProcessDiedError",
     "ProcessingStats",
+    "RateLimit",
+    "Registry",
+    "Retry",
+    "Route",
+    "Router",
     "RowContext",
+    "RowFailedError",
     "RowmillError",
+    "SchemaError",
     "Session",
     "SessionError",
     "Stage",
+    "StageFailedError",
     "StalledError",
+    "StopExecution",
+    "StreamingExecutor",
     "StreamingResult",
+    "SyncExecutor",
     "TopicError",
+    "UnroutedError",
     "Worker",
     "WorkerOptions",
+    "open_artifacts",
     "open_broker",
     "publish",
     "read",

@@ -7,43 +7,26 @@ row by row without a task, lock or allocation between them; that loop, ``_run_pl
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
-from traceback import walk_tb
-from typing import Any, TypeAlias
+from decimal import Decimal
+from itertools import zip_longest
+from typing import Any, cast
 
-from ..state.errors import ConfigError
+from ..state.context import sum_costs
+from ..state.errors import BadRowError, ConfigError
 from ..state.model import Row
-from .context import RowContext
-from .errors import HandlerTimeoutError, MisfitError
-from .frames import is_frame, rows_to_frame, split_result
-from .runtime import Runtime
-from .stage import Stage
+from .calls import await_call, raise_if_cancelled, raise_if_ours
+from .context import NO_COST, RowContext
+from .errors import MisfitError
+from .frames import rows_to_frame, split_result
+from .outcomes import RAISED, Failure, Outcome, checked, failure_of, odd_result, type_name
+from .policed import Bill, Trial, charge, persist
+from .recovery import recover, recover_async
+from .runtime import Runtime, check_resources
+from .stage import Stage, fitting, is_for
 
-
-@dataclass(frozen=True, slots=True)
-class Failure:
-    """Why a row did not complete: the stage, the error, and how often it was tried.
-
-    ``kind`` is the error's class name, or a short stable name for errors that rowmill found itself; ``where`` is the
-    file and line of the user's code that raised it, "" for those.
-    """
-
-    stage: str
-    kind: str
-    message: str
-    attempts: int = 1
-    where: str = field(default="", compare=False)
-    error: BaseException | None = field(default=None, compare=False, repr=False)
-
-
-Outcome: TypeAlias = "Row | list[Row] | Failure | None"
-"""What became of one input row: one result, several, a failure, or nothing (dropped on purpose)."""
-
-
-_RAISED = (Exception, SystemExit, asyncio.CancelledError)
-"""What a plain handler may raise and fail its row with. Nobody cancels a bare call: a CancelledError is its own."""
+__all__ = ["Chain", "Failure", "Outcome", "attempt", "bare_attempt", "run_lots", "run_segment"]
 
 
 class Chain:
@@ -53,18 +36,20 @@ class Chain:
         stages: at least one; their names differ.
 
     Raises:
-        ConfigError: no stage, or two of one name.
+        ConfigError: no stage, two of one name, or two that share a resource and do not agree about it.
     """
 
     def __init__(self, stages: Sequence[Stage]) -> None:
         if not stages:
             raise ConfigError("stages", list(stages), "add at least one stage before running the pipeline")
-        names = [stage.name for stage in stages]
-        for name in names:
-            if names.count(name) > 1:
+        every = with_inner(stages)
+        names = Counter(stage.name for stage in every)
+        for name, count in names.items():
+            if count > 1:
                 raise ConfigError("stage(name=)", name, "another stage has this name; give each its own")
+        check_resources(every)
         self.stages = tuple(stages)
-        self.takes_context = any(stage.takes_context for stage in stages)
+        self.takes_context = any(stage.needs_context for stage in stages)
         self.is_sync = all(stage.is_plain for stage in stages)
         """Whether the whole chain may run in one go on one thread."""
         self.segments = _segments(self.stages)
@@ -75,6 +60,8 @@ class Chain:
     def run_sync(self, rows: list[Outcome], contexts: Sequence[RowContext] | None) -> None:
         """Run a chain for which ``is_sync`` holds, on this thread. ``rows`` are replaced by their outcomes.
 
+        Where a row ends the session (a Failure that ``halts``), those behind it are taken out of ``rows``.
+
         Args:
             rows: one entry per input row; entries that are no row (failed before) are left alone.
             contexts: one per row; None when ``takes_context`` is False.
@@ -83,12 +70,20 @@ class Chain:
             run_segment(segment, rows, contexts)
 
     async def run(self, rows: list[Outcome], contexts: Sequence[RowContext] | None, runtime: Runtime) -> None:
-        """Run any chain, blocking stages on threads. ``rows`` are replaced by their outcomes, in order."""
+        """As :meth:`run_sync`, for any chain; blocking stages on threads."""
         for segment in self.segments:
             if segment[0].is_plain:
                 await runtime.pool.run(run_segment, segment, rows, contexts)
             else:
                 await run_lots(segment[0], rows, contexts, runtime)
+
+
+def with_inner(stages: Sequence[Stage]) -> list[Stage]:
+    """These stages, and those inside their elements, each once; one of the chain's own as often as it is there."""
+    found = list(stages)
+    for stage in stages:
+        found += [inner for inner in with_inner(stage.stages) if not any(inner is known for known in found)]
+    return found
 
 
 def _segments(stages: Sequence[Stage]) -> list[tuple[Stage, ...]]:
@@ -110,6 +105,8 @@ def run_segment(segment: tuple[Stage, ...], rows: list[Outcome], contexts: Seque
     else:
         for lot in _lots(segment[0], rows, contexts):
             lot.call()
+            if lot.halts():
+                return
 
 
 # --- rows ------------------------------------------------------------------------------------------------------
@@ -121,28 +118,43 @@ def _run_plain(stages: tuple[Stage, ...], rows: list[Outcome], contexts: Sequenc
     One loop turn and two comparisons a row and stage (about 0.06 µs here) besides the call itself. The stage's
     name is needed only when something is amiss, so the loop variable is all that is kept for it.
     """
-    calls = [(stage, stage.handler, stage.takes_context) for stage in stages]
+    calls = [(stage, stage.call, stage.takes_context) for stage in stages]
     for i, value in enumerate(rows):
         if value.__class__ is not dict:
             if isinstance(value, list):
                 rows[i] = _spread(stages, value, contexts[i] if contexts else None)
+                if _halts(rows, i):
+                    return
             continue
         stage = stages[0]
         try:
             for stage, handler, takes_context in calls:
                 value = handler(value, contexts[i]) if takes_context else handler(value)  # type: ignore[index]
                 if value.__class__ is not dict:
-                    value = _odd_result(stage, value)
+                    value = odd_result(stage, value)
                     if value.__class__ is not dict:
                         break
-        except _RAISED as error:
-            rows[i] = failure_of(stage, error)
+        except RAISED as error:
+            rows[i] = _go_on(stages, stage, value, contexts[i] if contexts else None, error)
+            if _halts(rows, i):
+                return
             continue
         if value.__class__ is list:
             later = stages[stages.index(stage) + 1 :]
             rows[i] = _spread(later, value, contexts[i] if contexts else None)
+            if _halts(rows, i):
+                return
         else:
             rows[i] = value
+
+
+def _halts(rows: list[Outcome], place: int) -> bool:
+    """Whether the session ends with what became of this row: those behind it are taken out, for they did not run."""
+    outcome = rows[place]
+    if not isinstance(outcome, Failure) or not outcome.halts:
+        return False
+    del rows[place + 1 :]
+    return True
 
 
 def _spread(stages: tuple[Stage, ...], several: list[Row], context: RowContext | None) -> Outcome:
@@ -163,44 +175,15 @@ def _spread(stages: tuple[Stage, ...], several: list[Row], context: RowContext |
     return out or None
 
 
-def _odd_result(stage: Stage, result: Any) -> Outcome:
-    """What is no bare dict: None, a list of rows, a dict's subclass, or a mistake."""
-    if result is None:
-        return None
-    if isinstance(result, dict):
-        return dict(result)
-    if isinstance(result, (list, tuple)):
-        for row in result:
-            if not isinstance(row, dict):
-                raise MisfitError(f"stage {stage.name!r} returned a list with a {_type_name(row)} in it; {_RULE}")
-        return [dict(row) for row in result] or None
-    raise MisfitError(f"stage {stage.name!r} returned a {_type_name(result)}; {_RULE}")
-
-
-_RULE = "a handler returns a dict, a list of dicts, or None to drop the row"
-
-
-def _type_name(value: Any) -> str:
-    return "DataFrame (set frame=True for frames)" if is_frame(value) else type(value).__name__
-
-
-def failure_of(stage: Stage, error: BaseException) -> Failure:
-    """An exception as a row's failure. An exception without text is named by its class."""
-    return Failure(stage.name, type(error).__name__, str(error) or repr(error), where=_where(error), error=error)
-
-
-_OWN_FOLDER = str(Path(__file__).parent)
-
-
-def _where(error: BaseException) -> str:
-    """The last line of the user's own code on the way to the error, as ``file.py:17``; "" if there is none.
-
-    Of the frames that are not ours, the first one's file is the handler's; libraries it calls come further in.
-    """
-    frames = [(frame.f_code.co_filename, line) for frame, line in walk_tb(error.__traceback__)]
-    theirs = [(name, line) for name, line in frames if not name.startswith(_OWN_FOLDER)]
-    own = [line for name, line in theirs if name == theirs[0][0]]
-    return f"{Path(theirs[0][0]).name}:{own[-1]}" if theirs else ""
+def _go_on(
+    stages: tuple[Stage, ...], failed: Stage, row: Any, context: RowContext | None, error: BaseException
+) -> Outcome:
+    """A plain stage raised: the row's failure, or what a fallback made of it, through the remaining stages."""
+    outcome = recover(failed, row, context, failure_of(failed, error))
+    if outcome is None or isinstance(outcome, Failure):
+        return outcome
+    several = _spread(stages[stages.index(failed) + 1 :], outcome if isinstance(outcome, list) else [outcome], context)
+    return several[0] if isinstance(several, list) and len(several) == 1 else several
 
 
 # --- stages that are awaited -----------------------------------------------------------------------------------
@@ -209,58 +192,54 @@ def _where(error: BaseException) -> str:
 async def run_lots(stage: Stage, rows: list[Outcome], contexts: Sequence[RowContext] | None, runtime: Runtime) -> None:
     """Any one stage over these rows, one call after the other, in order; ``rows`` are replaced by their outcomes."""
     for lot in _lots(stage, rows, contexts):
-        try:
-            lot.settle(await _await_call(stage, lot.arguments(), runtime))
-            _raise_if_cancelled()
-        except asyncio.CancelledError as error:
-            _raise_if_ours()
-            lot.fail(error)
-        except (Exception, SystemExit) as error:  # noqa: BLE001 - a handler may raise anything
-            lot.fail(error)
+        if not stage.is_policed:
+            await _run_lot(lot, stage, runtime)
+        elif stage.batch is not None:
+            await persist(runtime.policed(stage), Trial(lot))
+        else:
+            lot.settle_with(await attempt(stage, *lot.only, runtime))
+        if lot.halts():
+            return
+
+
+async def _run_lot(lot: _Lot, stage: Stage, runtime: Runtime) -> None:
+    try:
+        lot.accept(await await_call(stage, lot.arguments(), runtime, stage.timeout))
+        raise_if_cancelled()
+    except asyncio.CancelledError as error:
+        raise_if_ours()
+        lot.fail(error)
+    except (Exception, SystemExit) as error:  # noqa: BLE001 - a handler may raise anything
+        lot.fail(error)
 
 
 async def attempt(stage: Stage, row: Row, context: RowContext | None, runtime: Runtime) -> Outcome:
-    """One row through one stage of one row per call. Whatever the handler does wrong is the row's Failure."""
+    """One row through one stage of one row per call, with all its policies, waiting here where they say so.
+
+    Whatever the handler does wrong is the row's Failure.
+    """
+    if not stage.is_policed:
+        return await bare_attempt(stage, row, context, runtime)
+    policed = runtime.policed(stage)
+    trial = policed.begin(row, context)
+    return await persist(policed, trial) if isinstance(trial, Trial) else trial
+
+
+async def bare_attempt(stage: Stage, row: Row, context: RowContext | None, runtime: Runtime) -> Outcome:
+    """As :func:`attempt`, for a stage without policies: the hot path of async rows."""
     try:
         if stage.is_async and stage.timeout is None:
-            result = stage.handler(row, context) if stage.takes_context else stage.handler(row)
+            result = stage.call(row, context) if stage.takes_context else stage.call(row)
             if result.__class__ is not dict:  # a wrapper around an async handler may have run it already
                 result = await result
         else:
-            result = await _await_call(stage, (row, context) if stage.takes_context else (row,), runtime)
-        return result if result.__class__ is dict else _odd_result(stage, result)
+            result = await await_call(stage, (row, context) if stage.takes_context else (row,), runtime, stage.timeout)
+        return result if result.__class__ is dict else odd_result(stage, result)
     except asyncio.CancelledError as error:
-        _raise_if_ours()
+        raise_if_ours()
         return failure_of(stage, error)
     except (Exception, SystemExit) as error:  # noqa: BLE001 - a handler may raise anything
-        return failure_of(stage, error)
-
-
-def _raise_if_cancelled() -> None:
-    """A handler that swallowed its cancellation gets no further row."""
-    task = asyncio.current_task()
-    if task is not None and task.cancelling():
-        raise asyncio.CancelledError
-
-
-def _raise_if_ours() -> None:
-    """Go on being cancelled if that is what happens to us; a handler may raise the same without it."""
-    task = asyncio.current_task()
-    if task is not None and task.cancelling():
-        raise  # noqa: PLE0704 - called where a CancelledError is being handled
-
-
-async def _await_call(stage: Stage, arguments: tuple[Any, ...], runtime: Runtime) -> Any:
-    if not stage.is_async:
-        return await runtime.pool.run(stage.handler, *arguments, timeout=stage.timeout)
-    limit = asyncio.timeout(stage.timeout)
-    try:
-        async with limit:
-            return await stage.handler(*arguments)
-    except TimeoutError:
-        if limit.expired():
-            raise HandlerTimeoutError(f"no result within {stage.timeout:g} s") from None
-        raise
+        return recover(stage, row, context, failure_of(stage, error))
 
 
 # --- lots: the rows of one call --------------------------------------------------------------------------------
@@ -274,10 +253,11 @@ class _Lot:
 
     def __init__(self, stage: Stage, rows: list[Outcome], contexts: Sequence[RowContext] | None) -> None:
         self._stage = stage
-        self._rows = rows
+        self._places = rows
         self._contexts = contexts
         self._origins: list[int] = []
         self._inputs: list[Row] = []
+        self._attempts: list[RowContext] = []
 
     def __len__(self) -> int:
         return len(self._inputs)
@@ -286,66 +266,127 @@ class _Lot:
         self._origins.append(origin)
         self._inputs.append(row)
 
+    @property
+    def context(self) -> None:
+        """Each row has its own."""
+        return
+
+    @property
+    def rows(self) -> Sequence[Row]:
+        """The rows."""
+        return self._inputs
+
+    @property
+    def only(self) -> tuple[Row, RowContext | None]:
+        """The row of a lot of one, and its context."""
+        return self._inputs[0], self._context(self._origins[0])
+
+    def _context(self, origin: int) -> RowContext | None:
+        return self._contexts[origin] if self._contexts else None
+
     def arguments(self) -> tuple[Any, ...]:
-        """What the handler is called with."""
-        stage = self._stage
+        """What the handler is called with; contexts of this attempt's own where the call may be repeated."""
+        stage, contexts = self._stage, self._contexts
+        takes_context = stage.takes_context and contexts
         if stage.batch is None:
-            row = self._inputs[0]
-            return (row, self._contexts[self._origins[0]]) if stage.takes_context and self._contexts else (row,)
+            return (self._inputs[0], self._context(self._origins[0])) if takes_context else (self._inputs[0],)
         many: Any = rows_to_frame(self._inputs) if stage.frame else list(self._inputs)
-        if stage.takes_context and self._contexts:
-            return (many, [self._contexts[origin] for origin in self._origins])
-        return (many,)
+        if not takes_context or contexts is None:
+            return (many,)
+        given = [contexts[origin] for origin in self._origins]
+        if stage.is_policed:
+            given = self._attempts = [context.fork() for context in given]
+        return (many, given)
 
     def call(self) -> None:
         """Call the handler here and now, and give each row its part."""
         try:
-            self.settle(self._stage.handler(*self.arguments()))
-        except _RAISED as error:
+            self.accept(self._stage.call(*self.arguments()))
+        except RAISED as error:
             self.fail(error)
 
     def fail(self, error: BaseException) -> None:
-        """The call failed: so did every row in it."""
+        """The call failed: so did every row in it, as far as none has a fallback."""
         failure = failure_of(self._stage, error)
-        for origin in self._origins:
-            self._rows[origin] = failure
+        for origin, row in zip(self._origins, self._inputs, strict=True):
+            self._merge(origin, recover(self._stage, row, self._context(origin), failure))
 
-    def settle(self, result: Any) -> None:
+    def accept(self, result: Any) -> Outcome:
         """Give each row its part of the result.
 
         Raises:
             MisfitError: the result does not fit the rows; none of them got a part.
         """
-        for origin, part in zip(self._origins, self._parts(result), strict=True):
-            self._merge(origin, part)
+        parts = self._parts(result)
+        for origin, row, part in zip(self._origins, self._inputs, parts, strict=True):
+            self._merge(origin, self._fitting(origin, row, part))
+        for origin, attempt_context in zip(self._origins, self._attempts, strict=False):
+            context = self._context(origin)
+            if context is not None:
+                context.adopt(attempt_context)
+        return None
+
+    def halts(self) -> bool:
+        """Whether the session ends with this lot: the rows behind it are taken out, for they did not run."""
+        return _halts(self._places, self._origins[-1])
+
+    def _fitting(self, origin: int, row: Row, part: Any) -> Outcome:
+        """A row's part, if it fits the schema; one that does not fails alone."""
+        check = self._stage.output
+        if check is None:
+            return cast("Outcome", part)
+        try:
+            return cast("Outcome", fitting(check, part))
+        except BadRowError as error:
+            return recover(self._stage, row, self._context(origin), failure_of(self._stage, error))
+
+    def settle_with(self, outcome: Outcome) -> None:
+        """What became of the row of a lot of one."""
+        self._merge(self._origins[0], outcome)
+
+    def bill(self, prices: Sequence[Decimal]) -> Bill:
+        """What the last call cost, each row its own share."""
+        attempts, self._attempts = self._attempts, []
+        bills = [
+            charge(context, attempt_context, price or NO_COST)
+            for origin, attempt_context, price in zip_longest(self._origins, attempts, prices)
+            if (context := self._context(origin)) is not None
+        ]
+        return Bill(sum_costs(*(bill.cost for bill in bills)), sum(bill.tokens for bill in bills))
+
+    async def recover(self, failure: Failure, runtime: Runtime) -> Outcome:
+        """It failed for good: what becomes of each row; the failure if that is what became of all."""
+        outcomes = [
+            await recover_async(self._stage, row, self._context(origin), failure, runtime)
+            for origin, row in zip(self._origins, self._inputs, strict=True)
+        ]
+        for origin, outcome in zip(self._origins, outcomes, strict=True):
+            self._merge(origin, outcome)
+        return failure if all(isinstance(outcome, Failure) for outcome in outcomes) else None
 
     def _parts(self, result: Any) -> list[Any]:
         stage, count = self._stage, len(self._inputs)
         if stage.frame:
             return list(split_result(result, count))
         if stage.batch is None:
-            return [_checked(stage, result)]
+            return [checked(stage, result)]
         if not isinstance(result, (list, tuple)):
-            raise MisfitError(f"batch stage {stage.name!r} returned a {_type_name(result)}; return a list of {count}")
+            raise MisfitError(f"batch stage {stage.name!r} returned a {type_name(result)}; return a list of {count}")
         if len(result) != count:
             raise MisfitError(
                 f"batch stage {stage.name!r} took {count} rows and returned {len(result)}; return one entry per row, "
                 "in order: a dict, a list of dicts, or None to drop it"
             )
-        return [_checked(stage, part) for part in result]
+        return [checked(stage, part) for part in result]
 
     def _merge(self, origin: int, part: Outcome) -> None:
-        present = self._rows[origin]
+        present = self._places[origin]
         if isinstance(present, Failure):
             return
-        if isinstance(present, _Several):
+        if isinstance(present, _Several) and not isinstance(part, Failure):
             present.take(part)
         else:
-            self._rows[origin] = part
-
-
-def _checked(stage: Stage, result: Any) -> Outcome:
-    return result if result.__class__ is dict else _odd_result(stage, result)
+            self._places[origin] = part
 
 
 class _Several(list[Row]):
@@ -368,8 +409,28 @@ def _lots(stage: Stage, rows: list[Outcome], contexts: Sequence[RowContext] | No
         parts = [value] if isinstance(value, dict) else value
         if isinstance(value, list):
             rows[i] = _Several()
-        for row in parts:
+        for row in parts if stage.batch is None else _for_batch(stage, rows, i, parts, contexts):
             if len(lots[-1]) >= size:
                 lots.append(_Lot(stage, rows, contexts))
             lots[-1].add(i, row)
     return [lot for lot in lots if len(lot)]
+
+
+def _for_batch(
+    stage: Stage, rows: list[Outcome], place: int, parts: Sequence[Row], contexts: Sequence[RowContext] | None
+) -> list[Row]:
+    """Those parts of a row that a batch stage is for; the others are past it already."""
+    if stage.when is None and stage.input is None:
+        return list(parts)
+    wanted: list[Row] = []
+    context = contexts[place] if contexts else None
+    for row in parts:
+        try:
+            if is_for(stage, row, context):
+                wanted.append(row if stage.input is None else stage.input.check(row))
+            elif isinstance(rows[place], _Several):
+                rows[place].take(row)  # type: ignore[union-attr]
+        except Exception as error:  # noqa: BLE001 - a user's condition or model may raise anything
+            rows[place] = recover(stage, row, context, failure_of(stage, error))
+            return []
+    return wanted

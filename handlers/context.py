@@ -5,13 +5,18 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from decimal import Decimal
-from typing import Any, NamedTuple, TypeAlias
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
+from ..state.artifacts import ArtifactStore, load_artifact, put_artifact
 from ..state.context import checked_cost, sum_costs
 from ..state.errors import ConfigError
 from ..state.model import RESERVED_PREFIX, Headers, Row
 from ..state.table import Operation, RowTables, Table
-from .runtime import Runtime
+
+if TYPE_CHECKING:
+    from .capture import LogLines
+    from .runtime import Runtime
 
 _LOG = logging.getLogger("rowmill.handler")
 
@@ -42,8 +47,9 @@ class RowContext:
     """
 
     __slots__ = (
-        "_headers", "_key", "_open_tables", "_runtime", "_tables", "cost", "emitted", "offset", "partition", "placed",
-        "session", "timestamp", "tokens", "topic",
+        "_charged", "_headers", "_key", "_open_tables", "_root", "_runtime", "_tables", "cost", "emitted",
+        "has_reported", "is_defaulted", "lines", "offset", "partition", "placed", "session", "timestamp", "tokens",
+        "topic",
     )  # fmt: skip
 
     def __init__(
@@ -68,11 +74,57 @@ class RowContext:
         self._open_tables = open_tables
         self._tables: RowTables | None = None
         self._runtime = runtime
+        self._root: RowContext | None = None
+        self._charged: set[bytes] | None = None
         self.emitted: list[Emit] = []
         self.cost = NO_COST
         self.tokens = 0
+        self.has_reported = False
+        """Whether a handler said what it spent, be it nothing."""
+        self.lines: LogLines | None = None
+        """What was logged about the row, where that is kept."""
+        self.is_defaulted = False
+        """Whether some stage failed and the row went on with its fallback."""
         self.placed: Any = None
         """The engine's own: what the row's results became, where that had to be settled before the commit."""
+
+    def fork(self) -> RowContext:
+        """A context for one attempt of a stage: it begins as this one is, and what it collects is its own.
+
+        So the effects of an attempt that fails are gone, and those that a handler causes when nobody waits for it any
+        more (a thread beyond its time-out) reach nothing.
+        """
+        attempt = RowContext(
+            self.topic, self.partition, self.offset, self.timestamp, self._key, self._headers, self.session,
+            self._open_tables, self._runtime,
+        )  # fmt: skip
+        attempt._root = self._root or self
+        attempt.lines = self.lines
+        if self._tables is not None:
+            attempt._tables = self._tables.fork()
+        return attempt
+
+    def charge_once(self, key: bytes) -> bool:
+        """Whether what is known by this key has not been charged to the row yet; from now on it has."""
+        if self._root is not None:
+            return self._root.charge_once(key)
+        if self._charged is None:
+            self._charged = set()
+        is_new = key not in self._charged
+        self._charged.add(key)
+        return is_new
+
+    def adopt(self, attempt: RowContext) -> None:
+        """Take over the effects of an attempt that succeeded; what it cost comes by :meth:`pay`."""
+        self._key, self._headers, self.timestamp = attempt._key, attempt._headers, attempt.timestamp
+        self._tables = attempt._tables
+        self.emitted += attempt.emitted
+        self.is_defaulted |= attempt.is_defaulted
+
+    def pay(self, attempt: RowContext) -> None:
+        """Count what an attempt cost, whatever became of it."""
+        if attempt.cost or attempt.tokens:
+            self.cost, self.tokens = sum_costs(self.cost, attempt.cost), self.tokens + attempt.tokens
 
     @property
     def key(self) -> str | bytes | None:
@@ -137,6 +189,47 @@ class RowContext:
             ConfigError: anything else.
         """
         self.cost, self.tokens = sum_costs(self.cost, checked_cost(amount)), self.tokens + _tokens(tokens)
+        self.has_reported = True
+
+    def artifact(self, data: bytes | str | Any, *, name: str = "", type: str | None = None) -> Row:  # noqa: A002
+        """Put something large where artifacts are kept; the reference to it that the row carries instead.
+
+        It is safe there before the row is committed. Blocks while it is written: async handlers use
+        :meth:`artifact_async`.
+
+        Args:
+            data: bytes, text, or a JSON value.
+            name: what people may call it, such as ``page.png``.
+            type: its media type; default: by its kind.
+
+        Raises:
+            ConfigError: the pipeline has no ``artifacts=``, or the name is no name.
+            ArtifactError: it cannot be written; the row fails.
+        """
+        return put_artifact(self._artifacts(), data, name=name, content_type=type)
+
+    def load_artifact(self, reference: Row) -> bytes:
+        """What a reference leads to, its size and digest checked.
+
+        Raises:
+            ArtifactError: it is not there, or damaged.
+        """
+        return load_artifact(self._artifacts(), reference)
+
+    async def artifact_async(self, data: bytes | str | Any, *, name: str = "", type: str | None = None) -> Row:  # noqa: A002
+        """As :meth:`artifact`, on a thread."""
+        put = partial(put_artifact, self._artifacts(), data, name=name, content_type=type)
+        return await self.runtime.pool.run(put)
+
+    async def load_artifact_async(self, reference: Row) -> bytes:
+        """As :meth:`load_artifact`, on a thread."""
+        return await self.runtime.pool.run(load_artifact, self._artifacts(), reference)
+
+    def _artifacts(self) -> ArtifactStore:
+        store = self._runtime.artifacts if self._runtime is not None else None
+        if store is None:
+            raise ConfigError("ctx.artifact", None, "give the pipeline artifacts='FOLDER'")
+        return store
 
     def emit(
         self,

@@ -5,7 +5,8 @@ one after the other, and comes out through ``on_done``, whatever became of it. T
 
 * plain stages: whatever has come together runs in one go on a thread of the pool;
 * a stage of one row per call that is async, timed or concurrent: up to ``concurrency`` lanes take row after row.
-  Lanes, not a task per row: creating a task costs more than everything else the engine does for a row;
+  Lanes, not a task per row: creating a task costs more than everything else the engine does for a row. A row that a
+  policy tells to wait leaves its lane and comes back: it holds nothing meanwhile;
 * batch and frame stages: up to ``batch`` rows, or what has come together within ``linger`` seconds.
 
 Ordering is settled at the entrance: with ``key``, a row waits there until the row of its key that came before it is
@@ -18,11 +19,13 @@ import asyncio
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Coroutine, Sequence
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 from ..state.model import Row
-from .chain import Chain, Failure, Outcome, attempt, run_lots, run_segment
+from .chain import Chain, attempt, bare_attempt, run_lots, run_segment
 from .context import RowContext
+from .outcomes import Failure, Outcome
+from .policed import Hit, Pause, Policed, Trial
 from .runtime import Runtime
 from .stage import Stage
 
@@ -33,14 +36,26 @@ _CLOSE_SECONDS = 1.0
 class Flight:
     """One row on its way: its value so far, and whatever its sender wants to recognise it by."""
 
-    __slots__ = ("context", "key", "sender", "value")
+    __slots__ = ("context", "key", "sender", "trial", "value")
 
     def __init__(self, value: Outcome, context: RowContext | None, key: object, sender: Any) -> None:
         self.value = value
+        self.trial: Trial | None = None
+        """How far it is in a stage with policies."""
         self.context = context
         self.key = key
         self.sender = sender
 
+
+class _Paused(NamedTuple):
+    """What wakes a row that waits, and whose leave it may hold."""
+
+    timer: asyncio.TimerHandle | None
+    policed: Policed
+
+
+OnGivenUp: TypeAlias = "Callable[[Sequence[Flight], Failure | None], None]"
+"""Called with rows that end undone, and the failure that ends the session, if that is why."""
 
 OnDone: TypeAlias = "Callable[[Flight], Callable[[], Coroutine[Any, Any, None]] | None]"
 """Called with every row that is through; may return what has to run to its end before the row's key goes on."""
@@ -53,6 +68,7 @@ class Flow:
         chain: the stages.
         runtime: what the worker's stages share.
         on_done: called on the event loop with every flight that is through, failed or dropped.
+        on_given_up: called with flights that end here undone, and the failure that ends the session, if one did.
         on_error: called when an error of the flow's own, not of a handler, waits for :meth:`check`.
         by_key: whether rows of one key (other than None) run one after the other, in the order they entered.
         linger: seconds that a row waits for company before a batch or frame stage.
@@ -64,12 +80,16 @@ class Flow:
         runtime: Runtime,
         on_done: OnDone,
         on_error: Callable[[], None],
+        on_given_up: OnGivenUp,
         *,
         by_key: bool,
         linger: float,
     ) -> None:
         self._on_done = on_done
         self._on_error = on_error
+        self._on_given_up = on_given_up
+        self._paused: dict[Flight, _Paused] = {}
+        self._latest: float | None = None  # while draining: when the last row that waits must go on
         self._by_key = by_key
         self._waiting: dict[object, deque[Flight]] = {}
         self._through: deque[object] = deque()  # keys whose row is done
@@ -79,9 +99,11 @@ class Flow:
         self.is_closed = False
         """Whether :meth:`close` was called: nothing begins and nothing comes out any more."""
         segment: _Segment | None = None
+        self._segments: list[_Segment] = []
         for stages in reversed(chain.segments):
             leave = segment.enter if segment is not None else self._done
             segment = _make_segment(self, stages, runtime, leave, linger)
+            self._segments.append(segment)
         assert segment is not None  # noqa: S101 - a chain has stages
         self._first = segment
 
@@ -97,6 +119,9 @@ class Flow:
 
     def _done(self, flight: Flight) -> None:
         if self.is_closed:
+            return
+        if flight.value.__class__ is Failure and flight.value.halts:
+            self._on_given_up([flight, *self._behind(flight)], flight.value)
             return
         later = self._on_done(flight)
         if later is None:
@@ -131,6 +156,52 @@ class Flow:
         finally:
             self._releasing = False
 
+    # --- rows that wait ----------------------------------------------------------------------------------------
+
+    def pause(self, flight: Flight, pause: Pause, policed: Policed, go_on: Callable[[Flight], None]) -> None:
+        """Let a row wait, holding nothing; then ``go_on`` is called with it, unless it was given up meanwhile."""
+        loop = asyncio.get_running_loop()
+
+        def resume(*_: object) -> None:
+            paused = self._paused.pop(flight, None)
+            if paused is not None:
+                if paused.timer is not None:
+                    paused.timer.cancel()
+                go_on(flight)
+
+        timer = loop.call_later(pause.seconds, resume) if pause.seconds is not None else None
+        self._paused[flight] = _Paused(timer, policed)
+        if self._is_late(timer):
+            self._give_up(flight)
+        elif pause.until is not None:
+            pause.until.add_done_callback(resume)
+
+    def drain(self, seconds: float) -> None:
+        """Give up rows that wait for longer than this, or for nobody knows how long, now and from now on."""
+        self._latest = asyncio.get_running_loop().time() + seconds
+        for flight in [flight for flight, paused in self._paused.items() if self._is_late(paused.timer)]:
+            self._give_up(flight)
+
+    def _is_late(self, timer: asyncio.TimerHandle | None) -> bool:
+        return self._latest is not None and (timer is None or timer.when() > self._latest)
+
+    def _give_up(self, flight: Flight) -> None:
+        self._drop(flight)
+        self._on_given_up([flight, *self._behind(flight)], None)
+
+    def _drop(self, flight: Flight) -> None:
+        paused = self._paused.pop(flight)
+        if paused.timer is not None:
+            paused.timer.cancel()
+        if flight.trial is not None:
+            paused.policed.abandon(flight.trial)
+
+    def _behind(self, flight: Flight) -> Sequence[Flight]:
+        """The rows that wait for this one to be done; none of them will begin."""
+        return self._waiting.pop(flight.key, ()) if self._by_key and flight.key is not None else ()
+
+    # --- work --------------------------------------------------------------------------------------------------
+
     def start(self, work: Coroutine[Any, Any, None]) -> None:
         """Run part of a segment's work. An error in it is a bug of ours, and is raised by :meth:`check`."""
         task = asyncio.create_task(work)
@@ -151,6 +222,10 @@ class Flow:
     async def close(self) -> None:
         """Cancel everything under way; nothing comes out any more."""
         self.is_closed = True
+        for flight in list(self._paused):
+            self._drop(flight)
+        for segment in self._segments:
+            segment.close()
         tasks = list(self._tasks)
         for task in tasks:
             task.cancel()
@@ -168,7 +243,9 @@ def _make_segment(
     first = stages[0]
     if first.batch is not None:
         return _Batches(flow, first, runtime, leave, linger)
-    return _Plain(flow, stages, runtime, leave) if first.is_plain else _Lanes(flow, first, runtime, leave)
+    if first.is_plain:
+        return _Plain(flow, stages, runtime, leave)
+    return _PolicedLanes(flow, first, runtime, leave) if first.is_policed else _Lanes(flow, first, runtime, leave)
 
 
 class _Segment(ABC):
@@ -190,6 +267,9 @@ class _Segment(ABC):
     @abstractmethod
     def _wake(self) -> None:
         """Something is in the queue: see that somebody works on it."""
+
+    def close(self) -> None:  # noqa: B027 - most have nothing to give back
+        """Nothing more will be worked on."""
 
 
 class _Plain(_Segment):
@@ -214,7 +294,7 @@ class _Plain(_Segment):
                 lot = [self._queue.popleft() for _ in range(min(len(self._queue), _PLAIN_ROWS))]
                 values, contexts = _columns(lot)
                 await self._runtime.pool.run(run_segment, self._stages, values, contexts)
-                _hand_on(lot, values, self._leave)
+                self._queue.extendleft(reversed(_hand_on(lot, values, self._leave)))
         finally:
             self._busy = False
 
@@ -251,12 +331,84 @@ class _Lanes(_Segment):
                     flight = queue.popleft()
                     value = flight.value
                     if value.__class__ is dict:
-                        flight.value = await attempt(stage, value, flight.context, runtime)
+                        flight.value = await bare_attempt(stage, value, flight.context, runtime)
                     else:
                         flight.value = await _attempt_all(stage, value, flight.context, runtime)
                 leave(flight)
         finally:
             self._lanes -= 1
+
+
+class _PolicedLanes(_Lanes):
+    """The same, for a stage with policies."""
+
+    async def _lane(self) -> None:
+        queue, slots, flow, leave = self._queue, self._slots, self._flow, self._leave
+        policed = self._runtime.policed(self._stage)
+        try:
+            while queue and not flow.is_closed:
+                flight = queue.popleft()
+                trial = flight.trial
+                if trial is None:
+                    begun = self._begin(flight, policed)
+                    if begun is None:
+                        continue
+                    trial = flight.trial = begun
+                seen = policed.look(trial)
+                if seen is not None:
+                    self._put_by(flight, seen, policed)
+                    continue
+                try:
+                    async with slots:
+                        outcome = await policed.step(trial)
+                except asyncio.CancelledError:
+                    policed.abandon(trial)
+                    raise
+                if isinstance(outcome, Pause):
+                    flow.pause(flight, outcome, policed, self._come_back)
+                else:
+                    flight.trial = None
+                    flight.value = outcome
+                    leave(flight)
+        finally:
+            self._lanes -= 1
+
+    def _begin(self, flight: Flight, policed: Policed) -> Trial | None:
+        """A row's trial; None if it needs none, or is on its way already."""
+        value = flight.value
+        if value.__class__ is not dict:
+            self._flow.start(self._each(flight))
+            return None
+        begun = policed.begin(value, flight.context)
+        if isinstance(begun, Trial):
+            return begun
+        flight.value = begun
+        self._leave(flight)
+        return None
+
+    def _put_by(self, flight: Flight, seen: Pause | Hit, policed: Policed) -> None:
+        """A row that needs no call of its own, or none now."""
+        if isinstance(seen, Pause):
+            self._flow.pause(flight, seen, policed, self._come_back)
+            return
+        flight.trial = None
+        flight.value = seen.outcome
+        self._leave(flight)
+
+    async def _each(self, flight: Flight) -> None:
+        """The parts of a row that was split, one after the other; rare enough for a task of its own."""
+        flight.value = await _attempt_all(self._stage, flight.value, flight.context, self._runtime)
+        self._leave(flight)
+
+    def _come_back(self, flight: Flight) -> None:
+        self._queue.appendleft(flight)
+        self._wake()
+
+    def close(self) -> None:
+        """Give back what rows hold that wait for a lane again."""
+        for flight in self._queue:
+            if flight.trial is not None:
+                self._runtime.policed(self._stage).abandon(flight.trial)
 
 
 class _Batches(_Segment):
@@ -294,8 +446,11 @@ class _Batches(_Segment):
 
     async def _call(self, lot: list[Flight]) -> None:
         values, contexts = _columns(lot)
-        async with self._slots:
+        if self._stage.is_policed:  # holds a slot only while it calls
             await run_lots(self._stage, values, contexts, self._runtime)
+        else:
+            async with self._slots:
+                await run_lots(self._stage, values, contexts, self._runtime)
         _hand_on(lot, values, self._leave)
 
 
@@ -304,10 +459,12 @@ def _columns(lot: Sequence[Flight]) -> tuple[list[Outcome], list[RowContext] | N
     return [flight.value for flight in lot], contexts if len(contexts) == len(lot) else None
 
 
-def _hand_on(lot: Sequence[Flight], values: Sequence[Outcome], leave: Callable[[Flight], None]) -> None:
-    for flight, value in zip(lot, values, strict=True):
+def _hand_on(lot: Sequence[Flight], values: Sequence[Outcome], leave: Callable[[Flight], None]) -> list[Flight]:
+    """Let rows go on; gives those that did not run, because one before them ends the session."""
+    for flight, value in zip(lot, values, strict=False):
         flight.value = value if value != [] else None
         leave(flight)
+    return list(lot[len(values) :])
 
 
 async def _attempt_all(stage: Stage, rows: Any, context: RowContext | None, runtime: Runtime) -> Outcome:

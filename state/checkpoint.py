@@ -32,7 +32,7 @@ class CheckpointRecord:
         map_crc: CRC-32 of the offset map's text.
         stopped: whether the task ended in order with this commit.
         witness: offset and timestamp of the highest row that was taken, None before the first one.
-        counts: rows, results, dropped, dead_letters, emitted: sums since the session's beginning.
+        counts: rows, results, dropped, skipped, defaulted, dead_letters, emitted: sums since the session's beginning.
         context: the ExecutionContext's checkpoint.
         owner: the process that made the commit.
         generation: a name for this life of the changelog; one that was deleted and made anew has another.

@@ -26,6 +26,9 @@ log = logging.getLogger(__name__)
 
 PROCESSED_KEY = RESERVED_PREFIX + "processed_rows"
 """Where ``processed_rows`` travels: a key inside a checkpoint's ``intermediate_data``."""
+DROPPED_KEY = RESERVED_PREFIX + "dropped_rows"
+DEFAULTED_KEY = RESERVED_PREFIX + "defaulted_rows"
+_OWN_KEYS = (PROCESSED_KEY, DROPPED_KEY, DEFAULTED_KEY)
 
 _NAMESPACE = UUID("3b760896-2f20-4344-b435-29c75f6cadcc")  # drawn once; another one would give every session a new id
 _UNCOUNTED = -1
@@ -117,8 +120,9 @@ class ExecutionContext:
     ``datetime.now()``, and so ondine, wrote; load such a checkpoint under the TZ it was written under. Hand in
     ``start_time`` and ``get_stats(now=)`` to be independent of the machine's clock.
 
-    Rows: each row that is done is in exactly one of ``processed_rows``, ``failed_rows`` and ``skipped_rows``; their
-    sum is ``completed_rows``. Count by adding to them, or with :meth:`update_row` where rows come in order.
+    Rows: each row that is done is in exactly one of ``processed_rows``, ``failed_rows``, ``skipped_rows`` and
+    ``dropped_rows``; their sum is ``completed_rows``. Count by adding to them, or with :meth:`update_row` where rows
+    come in order.
     ``last_processed_row`` is only a position; its default, 0, cannot tell "no row" from "the first row", which is why
     it is not what progress is computed from. Without ``processed_rows``, in a call as in a checkpoint, the count is
     taken from ``last_processed_row``: 0 is no row, n > 0 are n + 1 rows, less the failed and skipped ones.
@@ -135,11 +139,13 @@ class ExecutionContext:
         accumulated_tokens: tokens.
         intermediate_data: anything JSON that should survive a restart; keys that begin with ``rowmill.`` are taken.
         failed_rows: rows that became dead letters.
-        skipped_rows: rows dropped on purpose.
+        skipped_rows: rows that failed in a stage that says ``on_error="skip"``.
         observers: told by :meth:`notify_progress`, in this order.
         observer_dispatcher: carried for callers that pass one along; rowmill does not use it.
         trace_id, span_id: for logs and traces; new ones in every process.
         processed_rows: rows that gave at least one result.
+        dropped_rows: rows for which a handler gave no result, on purpose.
+        defaulted_rows: of the processed ones, those in which a fallback took a failed stage's place.
         observer_errors: how often an observer raised.
 
     Raises:
@@ -163,6 +169,8 @@ class ExecutionContext:
     trace_id: str = field(default_factory=_new_id, compare=False)
     span_id: str = field(default_factory=_new_id, compare=False)
     processed_rows: int = _UNCOUNTED
+    dropped_rows: int = 0
+    defaulted_rows: int = 0
     observer_errors: int = field(default=0, init=False, repr=False, compare=False)
     _blamed: list[ExecutionObserver] = field(default_factory=list, init=False, repr=False, compare=False)
 
@@ -171,12 +179,14 @@ class ExecutionContext:
         self.end_time = None if self.end_time is None else _utc(self.end_time)
         self.accumulated_cost = checked_cost(self.accumulated_cost, "ExecutionContext(accumulated_cost=)")
         if self.processed_rows == _UNCOUNTED:
-            self.processed_rows = _implied(self.last_processed_row, self.failed_rows, self.skipped_rows)
+            self.processed_rows = _implied(
+                self.last_processed_row, self.failed_rows, self.skipped_rows + self.dropped_rows
+            )
 
     @property
     def completed_rows(self) -> int:
         """Rows that are done, whatever became of them."""
-        return self.processed_rows + self.failed_rows + self.skipped_rows
+        return self.processed_rows + self.failed_rows + self.skipped_rows + self.dropped_rows
 
     def update_stage(self, stage_index: int) -> None:
         """The stage that runs now, 0 for the first.
@@ -189,7 +199,7 @@ class ExecutionContext:
     def update_row(self, row_index: int) -> None:
         """The row at this 0-based position is done, and so are all before it: for rows that come in order.
 
-        Those of them that are in none of the three counts yet are counted as processed, so count a failed or skipped
+        Those of them that are in none of the counts yet are counted as processed, so count a failed or skipped
         row before its ``update_row``. An index that moves back moves the position only. Where rows complete out of
         order, or positions are offsets, add to the counts and set ``last_processed_row`` instead.
 
@@ -245,6 +255,8 @@ class ExecutionContext:
             processed_rows=self.processed_rows,
             failed_rows=self.failed_rows,
             skipped_rows=self.skipped_rows,
+            dropped_rows=self.dropped_rows,
+            defaulted_rows=self.defaulted_rows,
             rows_per_second=self.completed_rows / seconds if seconds else 0.0,
             total_duration_seconds=seconds,
         )
@@ -260,10 +272,16 @@ class ExecutionContext:
         Raises:
             ConfigError: ``intermediate_data`` has that key already.
         """
-        if PROCESSED_KEY in self.intermediate_data:
-            raise ConfigError("intermediate_data", PROCESSED_KEY, f"keys with {RESERVED_PREFIX!r} are rowmill's own")
+        for key in _OWN_KEYS:
+            if key in self.intermediate_data:
+                raise ConfigError("intermediate_data", key, f"keys with {RESERVED_PREFIX!r} are rowmill's own")
         data = deepcopy(self.intermediate_data)
-        if self.processed_rows != _implied(self.last_processed_row, self.failed_rows, self.skipped_rows):
+        for key, count in ((DROPPED_KEY, self.dropped_rows), (DEFAULTED_KEY, self.defaulted_rows)):
+            if count:
+                data[key] = count
+        if self.processed_rows != _implied(
+            self.last_processed_row, self.failed_rows, self.skipped_rows + self.dropped_rows
+        ):
             data[PROCESSED_KEY] = self.processed_rows
         return {
             "session_id": str(self.session_id),
@@ -294,7 +312,10 @@ class ExecutionContext:
             raise CheckpointError(f"a context's checkpoint is a JSON object; found {_shown(data)}")
         intermediate = deepcopy(_read_object(data, "intermediate_data"))
         processed = _read_count(intermediate, PROCESSED_KEY, _UNCOUNTED)
-        intermediate.pop(PROCESSED_KEY, None)
+        dropped = _read_count(intermediate, DROPPED_KEY, 0)
+        defaulted = _read_count(intermediate, DEFAULTED_KEY, 0)
+        for key in _OWN_KEYS:
+            intermediate.pop(key, None)
         return cls(
             session_id=_read_uuid(data, "session_id"),
             pipeline_id=_read_uuid(data, "pipeline_id"),
@@ -309,6 +330,8 @@ class ExecutionContext:
             failed_rows=_read_count(data, "failed_rows", 0),
             skipped_rows=_read_count(data, "skipped_rows", 0),
             processed_rows=processed,
+            dropped_rows=dropped,
+            defaulted_rows=defaulted,
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -354,6 +377,8 @@ class ExecutionContext:
             accumulated_tokens=sum(part.accumulated_tokens for part in parts),
             failed_rows=sum(part.failed_rows for part in parts),
             skipped_rows=sum(part.skipped_rows for part in parts),
+            dropped_rows=sum(part.dropped_rows for part in parts),
+            defaulted_rows=sum(part.defaulted_rows for part in parts),
             trace_id=first.trace_id,
             span_id=first.span_id,
             processed_rows=sum(part.processed_rows for part in parts),

@@ -6,6 +6,7 @@ What a folder looks like, and what each part is for::
     <state_dir>/worker-0/<group>/<topic>/<partition>/   one RocksDB
         ROWMILL                                         our mark: the version of the format, and whose store it is
     <state_dir>/worker-0/<group>/<topic>/<partition>.aside/
+    <state_dir>/answers-0.lock, answers-0/<stage>/      a worker's cached answers, see RocksAnswerStores
 
 The mark is a file and no key: it is read before RocksDB touches anything. Merely opening a store of another program
 or of a newer rowmill replays its log, rewrites its options and lets rocksdict overwrite its settings, all before a
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 import fcntl
 import itertools
+import logging
 import os
 import re
 import shutil
@@ -28,12 +30,15 @@ from typing import TYPE_CHECKING
 from weakref import WeakSet
 
 from . import codec
+from .answers import Answers, AnswerStores, seal, unseal
 from .errors import ConfigError
 from .model import TopicPartition
 from .store import Change, Store, StoreError, Stores
 
 if TYPE_CHECKING:
     from rocksdict import Cache, Options, Rdict, RdictIter, WriteBufferManager
+
+log = logging.getLogger(__name__)
 
 FORMAT = 1
 """Version of a store's layout on disk. Raise it when an older rowmill must not read what this one writes."""
@@ -436,8 +441,8 @@ _held_guard = Lock()
 
 
 class _Slot:
-    """The exclusive right to ``worker-N``, freed by a kill as well. Record locks, as for groups on the embedded broker:
-    forked children, which may outlive a worker, do not share them."""
+    """The exclusive right to a numbered folder, freed by a kill as well. Record locks, as for groups on the embedded
+    broker: forked children, which may outlive a worker, do not share them."""
 
     def __init__(self, folder: Path, file: Path, handle: int) -> None:
         self.folder = folder
@@ -445,8 +450,8 @@ class _Slot:
         self._handle = handle
 
     @classmethod
-    def take(cls, root: Path) -> _Slot:
-        """The first free slot of a root.
+    def take(cls, root: Path, kind: str = "worker") -> _Slot:
+        """The first free slot of a root: ``<kind>-N``.
 
         Raises:
             ConfigError: the root cannot be used.
@@ -455,10 +460,10 @@ class _Slot:
             _make_folder(root)
             place = root.resolve()  # where two names lead to one folder, the locks have to be known by one
             for number in itertools.count():
-                file = place / f"worker-{number}.lock"
+                file = place / f"{kind}-{number}.lock"
                 handle = _lock(file)
                 if handle is not None:
-                    return cls(root / f"worker-{number}", file, handle)
+                    return cls(root / f"{kind}-{number}", file, handle)
         except OSError as error:
             raise ConfigError(
                 "state_dir",
@@ -494,3 +499,303 @@ def _lock(file: Path) -> int | None:
         os.pwrite(handle, f"{os.getpid()}\n".encode(), 0)  # for people
         _held.add((os.getpid(), file))
         return handle
+
+
+# --- answers ---------------------------------------------------------------------------------------------------
+
+ANSWERS_FORMAT = 1
+"""Version of the layout of a stage's answers on disk."""
+
+_ANSWER, _WORD = b"a", b"m"
+"""What the keys of answers and of marks begin with."""
+
+_MOST_MENDS = 3
+_REOPEN_EVERY = 1_000
+_NO_ROOM = "the answers of stage %r cannot be kept in %s, so that rows may be paid for again after a restart: %s"
+
+
+class RocksAnswerStores(AnswerStores):
+    """Cached answers of one worker: one RocksDB for each stage, in the first free ``answers-N`` of a folder.
+
+    The slots are others than those of tables: a worker may need either without the other. A restarted worker may get
+    another number than before, and a killed one's rows may come to a worker that runs already. So the folders of
+    *all* numbers are read, the others' as they were when this worker last looked; each worker writes to its own only.
+    Moving another's answers over instead would copy gigabytes at a start, for the few that are asked for.
+
+    Compaction is RocksDB's FIFO: it drops whole files, the oldest first, and never rewrites one. Nothing is done
+    before the first ``open``, and nothing here ever raises: a damaged folder of our own is deleted and begun anew, an
+    unusable one is gone without.
+
+    Args:
+        root: the folder, made when absent; may be the same that tables are in.
+        cache_bytes: memory for blocks and not yet flushed answers of all stages together (32 MiB).
+    """
+
+    def __init__(self, root: Path, *, cache_bytes: int = 32 * _MIB) -> None:
+        self._root = root.absolute()
+        self._cache_bytes = cache_bytes
+        self._memory: tuple[Cache, WriteBufferManager] | None = None
+        self._slot: _Slot | None = None
+        self._open: dict[str, RocksAnswers] = {}
+
+    def open(self, name: str, max_bytes: int) -> Answers:
+        """The answers of a stage. Holds the interpreter while RocksDB replays its log, some milliseconds."""
+        answers = self._open.get(name)
+        if answers is None:
+            answers = self._open[name] = self._make(name, max_bytes)
+            answers.look_around()
+        return answers
+
+    def refresh(self) -> None:
+        """Open anew what other workers of this machine have written since."""
+        for answers in self._open.values():
+            answers.look_around()
+
+    def close(self) -> None:
+        """Close all of them, and free the slot. Twice is fine."""
+        for answers in self._open.values():
+            answers.close()
+        self._open.clear()
+        slot, self._slot, self._memory = self._slot, None, None
+        if slot is not None:
+            slot.release()
+
+    def _make(self, name: str, max_bytes: int) -> RocksAnswers:
+        from rocksdict import Cache, WriteBufferManager
+
+        if self._memory is None:
+            cache = Cache(self._cache_bytes)
+            buffers = WriteBufferManager.new_write_buffer_manager_with_cache(self._cache_bytes // 2, False, cache)
+            self._memory = cache, buffers
+        try:
+            self._slot = self._slot or _Slot.take(self._root, "answers")
+        except ConfigError as error:
+            log.warning(_NO_ROOM, name, self._root, error)
+        own = self._slot.folder / _folder_name(name) if self._slot is not None else None
+        return RocksAnswers(name, self._root, own, _answer_options(max_bytes, *self._memory))
+
+
+class RocksAnswers(Answers):
+    """One stage's answers. Made by :meth:`RocksAnswerStores.open`.
+
+    Args:
+        name: the stage's.
+        root: where the slots of all workers are.
+        own: the folder to write to; None: there is none.
+        options: of the database.
+    """
+
+    def __init__(self, name: str, root: Path, own: Path | None, options: Options) -> None:
+        self._name = name
+        self._root = root
+        self._own = own
+        self._options = options
+        self._mends = 0
+        self._told = False
+        self._views: dict[Path, tuple[object, Rdict]] = {}
+        self._db: Rdict | None = None
+        self._closed = False
+        self._open()
+
+    def get(self, key: bytes, now_ms: int) -> bytes | None:
+        """What this worker, or else another one of this machine, put under the key."""
+        key = _ANSWER + key
+        stored = self._read(key)
+        if stored is not None:
+            value = self._live(stored, now_ms)
+            if value is None:
+                self._write(key, None)
+            return value
+        for folder in list(self._views) if self._views else ():
+            stored = self._read_view(folder, key)
+            if stored is not None and (value := self._live(stored, now_ms)) is not None:
+                return value
+        return None
+
+    def put(self, key: bytes, value: bytes, expires_ms: int | None) -> None:
+        """Keep a value: in RocksDB's log when this returns, so that a kill of the process does not lose it."""
+        self._write(_ANSWER + key, seal(value, expires_ms))
+
+    def read_mark(self, name: bytes) -> bytes | None:
+        """What was marked in this worker's own folder."""
+        return self._read(_WORD + name)
+
+    def write_mark(self, name: bytes, value: bytes) -> None:
+        """Mark it."""
+        self._write(_WORD + name, value)
+
+    def close(self) -> None:
+        """Let go of the folders."""
+        self._closed = True
+        for _, view in self._views.values():
+            _close(view)
+        self._views.clear()
+        self._let_go()
+
+    def look_around(self) -> None:
+        """Open the folders of other workers as they are now, those that have changed since the last time."""
+        if self._closed:
+            return
+        folder_name = _folder_name(self._name)
+        found = {slot / folder_name for slot in self._root.glob("answers-*/") if (slot / folder_name) != self._own}
+        for folder in found | self._views.keys():
+            present = _signature(folder)
+            known = self._views.get(folder)
+            if known is not None and known[0] == present:
+                continue
+            if known is not None:
+                _close(self._views.pop(folder)[1])
+            if present is not None and (view := self._open_view(folder)) is not None:
+                self._views[folder] = present, view
+
+    def _live(self, stored: bytes, now_ms: int) -> bytes | None:
+        try:
+            value, expires_ms = unseal(stored)
+        except ValueError:
+            self.damaged += 1
+            return None
+        return value if expires_ms is None or expires_ms > now_ms else None
+
+    def _read(self, key: bytes) -> bytes | None:
+        if self._db is None:
+            return None
+        try:
+            stored: bytes | None = self._db.get(key)
+        except Exception as error:  # noqa: BLE001 - rocksdict raises bare ones, and a cache must not stop anybody
+            self._trouble("read", error)
+            return None
+        return stored
+
+    def _write(self, key: bytes, value: bytes | None) -> None:
+        if self._db is None:
+            self.failed += not self._closed
+            return
+        try:
+            if value is None:
+                self._db.delete(key)
+            else:
+                self._db.put(key, value)
+        except Exception as error:  # noqa: BLE001 - as above
+            self._trouble("written", error)
+
+    def _open(self) -> None:
+        from rocksdict import Rdict
+
+        if self._own is None:
+            return
+        try:
+            _make_folder(self._own)
+            _claim(self._own, self._name)
+            self._db = Rdict(str(self._own), self._options, {"default": self._options})
+        except (Exception, StoreError) as error:  # noqa: BLE001 - as above
+            self._trouble("opened", error)
+
+    def _trouble(self, what: str, error: Exception | StoreError) -> None:
+        """Begin anew where the content is damaged; otherwise go on without, and try again once in a while."""
+        assert self._own is not None  # noqa: S101 - without a folder nothing is tried
+        failure = error if isinstance(error, StoreError) else _failure(self._own, what, error)
+        if failure.damaged and self._mends < _MOST_MENDS:
+            self._mends += 1
+            self.damaged += 1
+            log.warning("%s; it is deleted, and answers are collected anew", failure)
+            self._let_go()
+            with suppress(OSError):
+                _delete(self._own)
+            self._open()
+            return
+        self.failed += 1
+        if not self._told:
+            self._told = True
+            log.warning(_NO_ROOM, self._name, self._own, failure)
+        elif self._db is not None and self.failed % _REOPEN_EVERY == 0:
+            # RocksDB may refuse all writes after one that failed, also when the disk has room again.
+            self._let_go()
+            self._open()
+
+    def _let_go(self) -> None:
+        db, self._db = self._db, None
+        if db is not None:
+            _close(db)
+
+    def _open_view(self, folder: Path) -> Rdict | None:
+        """Another worker's folder as it is now. It takes no lock, changes nothing, and files deleted later stay."""
+        from rocksdict import AccessType, Rdict
+
+        for _ in range(2):  # its owner may delete a file while it is being opened
+            try:
+                _check_claim(folder)
+                return Rdict(
+                    str(folder), self._options, {"default": self._options}, access_type=AccessType.read_only(False)
+                )
+            except (Exception, StoreError) as error:  # noqa: BLE001 - as above
+                log.debug("%s cannot be read: %s", folder, error)
+        return None
+
+    def _read_view(self, folder: Path, key: bytes) -> bytes | None:
+        view = self._views[folder][1]
+        try:
+            stored: bytes | None = view.get(key)
+        except Exception as error:  # noqa: BLE001 - as above
+            self.damaged += 1
+            log.debug("%s cannot be read: %s", folder, error)
+            _close(self._views.pop(folder)[1])
+            return None
+        return stored
+
+
+def _answer_options(max_bytes: int, cache: Cache, buffers: WriteBufferManager) -> Options:
+    """FIFO within ``max_bytes``, the write-ahead logs of not yet flushed answers included."""
+    from rocksdict import DBCompactionStyle, FifoCompactOptions
+
+    # What is dropped at a time, and replayed at an opening, is one flushed buffer.
+    buffer = min(max(max_bytes // 32, 64 << 10), 8 * _MIB)
+    fifo = FifoCompactOptions()
+    # The rest is for logs of four buffers, and for files that wait to be deleted while answers rain down.
+    fifo.max_table_files_size = max_bytes - 8 * buffer
+    options = _options(cache, buffers)
+    options.set_compaction_style(DBCompactionStyle.fifo())
+    options.set_fifo_compaction_options(fifo)
+    options.set_write_buffer_size(buffer)
+    # Puts wait, with the interpreter held, when all buffers are full: leave room for a burst while one is flushed.
+    options.set_max_write_buffer_number(4)
+    # All files stay open: views go on reading what their owner has deleted.
+    options.set_max_open_files(-1)
+    return options
+
+
+def _claim(folder: Path, name: str) -> None:
+    """Check that a folder is for answers of ours, and mark an empty one."""
+    if any(folder.iterdir()):
+        _check_claim(folder)
+        return
+    fresh = folder / f"{_MARK}.new"
+    fresh.write_bytes(codec.dumps({"answers": ANSWERS_FORMAT, "stage": name}))
+    fresh.replace(folder / _MARK)
+
+
+def _check_claim(folder: Path) -> None:
+    """Refuse what may not be read, nor deleted, as answers: another program's, or a newer rowmill's."""
+    try:
+        version = codec.loads((folder / _MARK).read_bytes())["answers"]
+    except FileNotFoundError:
+        left = sorted(path.name for path in folder.iterdir())
+        mine = left in ([], [f"{_MARK}.new"])  # killed before it was marked
+        raise StoreError(f"the folder {folder} holds no answers of rowmill ({left[:5]})", damaged=mine) from None
+    except (ValueError, TypeError, LookupError) as error:
+        raise StoreError(f"the folder {folder} has an unreadable mark, {_MARK}: {error}", damaged=True) from None
+    if not isinstance(version, int) or version > ANSWERS_FORMAT:
+        raise StoreError(f"the folder {folder} has answers of a newer rowmill (format {version})", damaged=False)
+
+
+def _signature(folder: Path) -> object | None:
+    """Something that differs when a store's content does; None where there is no store."""
+    try:
+        files = [(entry.name, entry.stat()) for entry in os.scandir(folder) if entry.name.endswith((".log", ".sst"))]
+    except OSError:
+        return None
+    return tuple(sorted((name, stat.st_size, stat.st_mtime_ns) for name, stat in files)) or None
+
+
+def _close(db: Rdict) -> None:
+    with suppress(Exception):
+        db.close()

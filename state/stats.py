@@ -9,11 +9,13 @@ from dataclasses import dataclass
 class ProcessingStats:
     """Row counts and speed of a session.
 
-    Every row that is done is in exactly one of ``processed_rows`` (at least one result), ``skipped_rows`` (dropped on
-    purpose) and ``failed_rows`` (a dead letter); at the end they sum up to ``total_rows``.
+    Every row that is done is in exactly one of ``processed_rows`` (at least one result), ``dropped_rows`` (its handler
+    gave none, on purpose), ``skipped_rows`` (it failed in a stage that says ``on_error="skip"``) and ``failed_rows`` (a
+    dead letter); at the end they sum up to ``total_rows``. ``defaulted_rows`` are those of the processed ones in which
+    some stage failed and its fallback took its place.
 
     ``results`` may be more than ``processed_rows``, for a row may have several; None where nobody counted them: an
-    ExecutionContext counts rows only. Name the arguments: ``results`` stands before the two figures of speed.
+    ExecutionContext counts rows only. Name the arguments.
     """
 
     total_rows: int
@@ -23,3 +25,5 @@ class ProcessingStats:
     results: int | None = None
     rows_per_second: float = 0.0
     total_duration_seconds: float = 0.0
+    dropped_rows: int = 0
+    defaulted_rows: int = 0

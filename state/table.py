@@ -91,6 +91,13 @@ class RowTables:
         self.operations: list[Operation] = []
         self.time_ms = time_ms
 
+    def fork(self) -> RowTables:
+        """A copy that goes its own way: what it notes is not noted here."""
+        copy = RowTables(self._specs, self._source, self.time_ms)
+        copy._own = dict(self._own)
+        copy.operations = list(self.operations)
+        return copy
+
     def table(self, name: str) -> Table:
         """The table of that name.
 

@@ -7,6 +7,8 @@ from ..state.model import RESERVED_PREFIX, Headers, Outgoing, Record
 from .session import SESSION_HEADER
 
 ERROR_PREFIX = RESERVED_PREFIX + "error."
+CONNECT_PREFIX = "__connect.errors."
+"""Kafka Connect's names (``ErrorReporter`` of its dead-letter queue), for tools that know them."""
 TRUNCATED_HEADER = ERROR_PREFIX + "truncated"
 """Present on a dead letter whose value was cut, with the length it had."""
 
@@ -15,7 +17,9 @@ HEADROOM_BYTES = 64 * 1024
 """By how much a dead-letter topic's largest message exceeds the source's: room for the headers."""
 
 
-def dead_letter(record: Record, failure: Failure, session: str, max_bytes: int) -> Outgoing:
+def dead_letter(
+    record: Record, failure: Failure, session: str, max_bytes: int, *, connect: str | None = None, lines: str = ""
+) -> Outgoing:
     """The record for the dead-letter topic: key, value, timestamp and headers as they came, and the error.
 
     Args:
@@ -24,8 +28,12 @@ def dead_letter(record: Record, failure: Failure, session: str, max_bytes: int) 
         session: the session's id.
         max_bytes: largest record the topic admits. What does not fit loses its headers, then the end of its
             value, and is marked: a dead letter can never block its partition.
+        lines: what was logged about the row.
+        connect: the pipeline's name, where the error is to be told by Kafka Connect's headers as well.
     """
-    error = _error_headers(record, failure, session)
+    error = _error_headers(record, failure, session, lines)
+    if connect is not None:
+        error += _connect_headers(record, failure, connect)
     kept = tuple((_readable(name), value) for name, value in _foreign(record.headers))
     value = record.value
     room = max_bytes - len(record.key or b"") - _size(error)
@@ -37,7 +45,7 @@ def dead_letter(record: Record, failure: Failure, session: str, max_bytes: int) 
     return Outgoing(record.key, value, record.timestamp, kept + error)
 
 
-def _error_headers(record: Record, failure: Failure, session: str) -> Headers:
+def _error_headers(record: Record, failure: Failure, session: str, lines: str) -> Headers:
     values = {
         "stage": failure.stage,
         "type": failure.kind,
@@ -48,10 +56,28 @@ def _error_headers(record: Record, failure: Failure, session: str) -> Headers:
         "partition": str(record.partition),
         "offset": str(record.offset),
         "session": session,
+        "log": lines[-MESSAGE_CHARACTERS:],
     }
     headers = tuple((ERROR_PREFIX + name, text.encode("utf-8", "replace")) for name, text in values.items() if text)
     own = tuple(header for header in record.headers if header[0].startswith(RESERVED_PREFIX + "input.row"))
     return (*headers, *own, (SESSION_HEADER, session.encode()))
+
+
+def _connect_headers(record: Record, failure: Failure, pipeline: str) -> Headers:
+    """The same in the words of Kafka Connect: the stage is a class that handled the row in a task's transformation."""
+    values = {
+        "topic": record.topic,
+        "partition": str(record.partition),
+        "offset": str(record.offset),
+        "connector.name": pipeline,
+        "task.id": str(record.partition),
+        "stage": "VALUE_CONVERTER" if failure.stage == "input" else "TRANSFORMATION",
+        "class.name": failure.stage,
+        "exception.class.name": failure.kind,
+        "exception.message": failure.message[:MESSAGE_CHARACTERS],
+        "exception.stacktrace": failure.where,
+    }
+    return tuple((CONNECT_PREFIX + name, text.encode("utf-8", "replace")) for name, text in values.items() if text)
 
 
 def _foreign(headers: Headers) -> Headers:

@@ -8,6 +8,7 @@ RowmillError
 ├── GroupBusyError           you: another worker on this embedded broker already serves the group
 ├── TopicError               you: a topic is missing, or its name or shape is wrong
 ├── OffsetOutOfRangeError    you: the committed offset no longer exists; choose where to go on
+├── RowFailedError           you: a row failed in a stage that says on_error="fail"; mend the cause, go on
 ├── SessionError             you: the session exists and does not fit what was asked
 ├── InputError               you: a file cannot be read or written
 └── StalledError             your supervisor: start the worker again
@@ -68,6 +69,10 @@ class SessionError(RowmillError):
 
 class InputError(RowmillError):
     """A file of the user's cannot be read or written as asked."""
+
+
+class RowFailedError(RowmillError):
+    """A row failed in a stage whose ``on_error`` is ``fail``; it stays undone, and the session can be gone on with."""
 
 
 class StalledError(RowmillError):

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import Any, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 from ..state.errors import ConfigError
+
+if TYPE_CHECKING:
+    from .brokers.base import Broker
 
 _LEAST = {"max_deaths": 0, "table_cache_bytes": 8 * 1024 * 1024}
 
@@ -23,14 +27,15 @@ class WorkerOptions:
         max_in_flight: rows in work at once in the whole worker, where stages are async or concurrent (1,000).
         max_in_flight_bytes: the same in bytes of values (64 MiB).
         linger: how long a row waits for company before a batch or frame stage of such a chain (0.02).
+        processes: calls of handlers with ``executor="process"`` that run at once; None: one per core.
         threads: blocking handlers and batches of plain ones that run at once (8).
         drain_timeout: how long rows in work may take to finish when the worker is asked to stop (30).
         broker_timeout: how long a step of a transaction may take before the partition's work is redone (30).
         stall_timeout: how long a partition may fail to commit before the worker gives up with exit code 1 (120).
         guarantee: ``exactly_once``, or ``at_least_once``: results flow as rows complete, for latency; after a crash
             some may appear again, and tables and context may count them twice.
-        state_dir: the folder for tables, of which each worker takes a part of its own; None: ``state`` in the embedded
-            broker's folder, else ``.rowmill/state``.
+        state_dir: the folder for tables and cached answers, of which each worker takes a part of its own; None:
+            ``state`` in the embedded broker's folder, else ``.rowmill/state``.
         table_cache_bytes: memory for reading and writing tables, in the whole worker, from 8 MiB (64 MiB).
         max_deaths: at how many deaths of its process a row may be seen in work before it becomes a dead letter unrun
             (3). Looking begins after a first death. 0: never.
@@ -46,6 +51,7 @@ class WorkerOptions:
     max_in_flight: int = 1_000
     max_in_flight_bytes: int = 64 * 1024 * 1024
     linger: float = 0.02
+    processes: int | None = None
     threads: int = 8
     drain_timeout: float = 30.0
     broker_timeout: float = 30.0
@@ -71,7 +77,7 @@ def _check(name: str, value: Any) -> None:
     if name == "create_topics":
         if not isinstance(value, bool):
             raise ConfigError(name, value, "give True or False")
-    elif name == "partitions" and value is None:
+    elif name in {"partitions", "processes"} and value is None:
         return
     elif name in {"commit_interval", "linger", "drain_timeout", "broker_timeout", "stall_timeout"}:
         at_least_zero = name in {"commit_interval", "linger", "drain_timeout"}
@@ -82,3 +88,10 @@ def _check(name: str, value: Any) -> None:
         least = _LEAST.get(name, 1)
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise ConfigError(name, value, f"give a whole number from {least:,}")
+
+
+def state_folder(options: WorkerOptions, broker: Broker) -> Path:
+    """Where a worker keeps tables: the option, else a folder beside the embedded broker's files, else one of ours."""
+    if options.state_dir is not None:
+        return Path(options.state_dir)
+    return broker.folder / "state" if broker.folder is not None else Path(".rowmill/state")

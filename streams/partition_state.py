@@ -35,6 +35,9 @@ CHANGELOG_CONFIG = {
 """What changelog topics are made with. A record's timestamp is its entry's: time to live counts from it."""
 
 
+_COUNTS = ("rows", "results", "dropped", "skipped", "defaulted", "dead_letters", "emitted")
+
+
 class PartitionState:
     """One partition's memory during one assignment.
 
@@ -74,7 +77,7 @@ class PartitionState:
         self._pool = pool
         self._clock = clock
         self._tables: PartitionTables | None = None
-        self.counts: dict[str, int] = dict.fromkeys(("rows", "results", "dropped", "dead_letters", "emitted"), 0)
+        self.counts: dict[str, int] = dict.fromkeys(_COUNTS, 0)
         self.context = ExecutionContext(
             session_id=session_uuid(session.group),
             pipeline_id=pipeline_uuid(session.pipeline),
@@ -87,6 +90,7 @@ class PartitionState:
         """Whether the last task of this partition ended without saying so."""
         self._stopped = True
         self._last_record = b""
+        self._known_record: bytes | None = None  # the newest that is surely in the changelog
 
     @property
     def tables(self) -> PartitionTables | None:
@@ -265,6 +269,7 @@ class PartitionState:
             )
 
     def _go_on_from(self, record: CheckpointRecord) -> None:
+        self._known_record = record.encode()
         self.counts |= record.counts
         self.context = ExecutionContext.from_checkpoint(record.context)
         self.starts = dict(record.starts)
@@ -343,25 +348,33 @@ class PartitionState:
         taken[CHECKPOINT_KEY] = restamp(self._last_record, now)
         return PartitionTables.records(taken, now)
 
-    async def last_was_ours(self) -> bool:
+    async def last_was_ours(self) -> bool | None:
         """Whether the changelog's newest checkpoint record is the one that :meth:`records` made last.
 
-        It carries this process's name and all counts, so an equal one is the same one.
+        False: it is the one before, of the last commit that surely succeeded. None: it is neither, so somebody else's.
+        A record carries its process's name and all counts, so an equal one is the same one.
         """
         timeout = self._options.broker_timeout
         found = await last_checkpoint(self._broker, self.changelog, self._tp, timeout, self._clock)
-        return found is not None and found.encode() == self._last_record
+        present = None if found is None else found.encode()
+        if present == self._last_record:
+            return True
+        return False if present == self._known_record else None
 
     def _count(self, effects: Effects) -> None:
         counts = self.counts
         counts["rows"] += effects.rows
         counts["results"] += effects.results
         counts["dropped"] += effects.dropped
+        counts["skipped"] += effects.skipped
+        counts["defaulted"] += effects.defaulted
         counts["dead_letters"] += effects.dead_letters
         counts["emitted"] += effects.emitted
         context = self.context
-        context.processed_rows += effects.rows - effects.dropped - effects.dead_letters
-        context.skipped_rows += effects.dropped
+        context.processed_rows += effects.rows - effects.dropped - effects.skipped - effects.dead_letters
+        context.dropped_rows += effects.dropped
+        context.skipped_rows += effects.skipped
+        context.defaulted_rows += effects.defaulted
         context.failed_rows += effects.dead_letters
         if self.witness is not None:
             context.last_processed_row = self.witness[0]
@@ -370,6 +383,7 @@ class PartitionState:
 
     async def written(self, position: int | None) -> None:
         """The commit succeeded: now, and not before, the store may have it."""
+        self._known_record = self._last_record
         if self._tables is not None:
             await self._pool.run(self._tables.written, position, self._clock.now_ms())
             self._tables.forget_taken()

@@ -22,8 +22,8 @@ from contextlib import asynccontextmanager
 from functools import partial
 from typing import Any
 
-from ..handlers.chain import Failure
-from ..handlers.flow import Flight, Flow, OnDone
+from ..handlers.flow import Flight, Flow, OnDone, OnGivenUp
+from ..handlers.outcomes import Failure
 from ..state.clock import Clock
 from ..state.model import Committed, Record, TopicPartition
 from ..state.store import StoreError
@@ -43,8 +43,9 @@ _FIRST_LOT = 64
 _SHORTEST_LOT_SECONDS = 0.02
 _FLOW_LOT = 200
 
-FlowMaker = Callable[[OnDone, Callable[[], None]], Flow]
-"""Makes a task's flow, given what is to be called with every row that is done, and at an error of the flow's own."""
+FlowMaker = Callable[[OnDone, Callable[[], None], OnGivenUp], Flow]
+"""Makes a task's flow, given what is to be called with every row that is done, at an error of the flow's own, and with
+rows that end undone."""
 
 PROCESS_STAGE = "process"
 """Stands for the whole chain in dead letters: the row was in work each time when its process died."""
@@ -64,6 +65,7 @@ class PartitionTask:
         options: sizes and times.
         clock: time.
         on_commit: told of the effects of each commit, and of the time it took in seconds.
+        on_halt: told of a row's failure that ends the session.
         on_change: called whenever the worker may have something to do: room for rows, or progress.
     """
 
@@ -80,18 +82,20 @@ class PartitionTask:
         options: WorkerOptions,
         clock: Clock,
         on_commit: Callable[[TopicPartition, Effects, float], None],
+        on_halt: Callable[[TopicPartition, Failure], None],
         on_change: Callable[[], None],
     ) -> None:
         self.tp = tp
         self._delivery = delivery
         self._state = state
         self._make_processor = make_processor
-        self._flow = make_flow(self._finished, self._wake) if make_flow is not None else None
+        self._flow = make_flow(self._finished, self._wake, self._give_up) if make_flow is not None else None
         self._in_flight = in_flight
         self._alone = alone
         self._options = options
         self._clock = clock
         self._told_of_commits = on_commit
+        self._on_halt = on_halt
         self._on_change = on_change
 
         self._processor: Processor
@@ -170,6 +174,8 @@ class PartitionTask:
 
     def advance(self, position: int) -> None:
         """The reader stands at ``position`` and everything before it was offered: what lies between is a gap."""
+        if self._draining:  # the inbox was emptied: what it held was offered, and is not done
+            return
         self._position = max(self._position, position)
         if not self._inbox and not self._lot_in_work:
             before = self._tracker.low_watermark
@@ -180,6 +186,8 @@ class PartitionTask:
     def drain(self) -> None:
         """Take no more rows; finish those in work, commit, and end. Rows not begun are left to the next run."""
         self._draining = True
+        if self._flow is not None:
+            self._flow.drain(self._options.drain_timeout)
         self._resumed.set()
         self._inbox.clear()
         self._arrived.set()
@@ -311,12 +319,22 @@ class PartitionTask:
                     effects = self._processor.bury(records[0], condemned)
                 else:
                     effects = await self._processor.process(records) if records else Effects()
+                if effects.halted_by is not None:
+                    self._halt(effects.halted_by)
+                    taken = _before(records[effects.rows], taken)
                 self._finish_lot(taken, effects)
             self._adapt(len(taken), self._clock.monotonic() - began)
         self._commits.end()
 
+    def _halt(self, failure: Failure) -> None:
+        """A row ends the session. It stays undone, and nothing more begins here."""
+        self.drain()
+        self._on_halt(self.tp, failure)
+
     def _finish_lot(self, taken: Sequence[Record], effects: Effects) -> None:
         self._lot_in_work = False
+        if not taken:
+            return
         self._state.absorb(effects.tables)
         self._state.forget_starts(taken)
         # With nothing further in the inbox, a gap that was told meanwhile lies behind these rows.
@@ -398,6 +416,17 @@ class PartitionTask:
             self._begin(taken, condemned)
             if suspect:
                 await self._landed()
+
+    def _give_up(self, flights: Sequence[Flight], failure: Failure | None) -> None:
+        """Rows that end undone: the next owner runs them."""
+        size = sum(len(flight.sender.value or b"") for flight in flights)
+        self._flying_rows -= len(flights)
+        self._flying_bytes -= size
+        self._in_flight.end(len(flights), size)
+        self._state.forget_starts([flight.sender for flight in flights])
+        self._room.set()
+        if failure is not None:
+            self._halt(failure)
 
     def _check_flow(self) -> None:
         if self._flow is not None:
@@ -519,6 +548,11 @@ def _deadly(deaths: int) -> Failure:
         f"the process died {deaths} times while this row was in work; it was not run again",
         attempts=deaths,
     )
+
+
+def _before(record: Record, taken: Sequence[Record]) -> Sequence[Record]:
+    """The records before this one."""
+    return [other for other in taken if other.offset < record.offset]
 
 
 async def _until_one_fails(tasks: set[asyncio.Task[None]]) -> None:

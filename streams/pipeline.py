@@ -6,11 +6,21 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 
-from ..handlers.chain import Chain, Failure, Outcome
+from ..handlers.breaker import CircuitBreaker
+from ..handlers.budget import Budget, Price
+from ..handlers.cache import Cache
+from ..handlers.capture import captured, is_installed
+from ..handlers.chain import Chain
 from ..handlers.context import RowContext, key_bytes
 from ..handlers.executors import BlockingPool
+from ..handlers.limits import RateLimit
+from ..handlers.outcomes import Failure, Outcome
+from ..handlers.retry import Retry
 from ..handlers.runtime import Runtime
-from ..handlers.stage import Handler, Stage, make_stage
+from ..handlers.schema import make_validator
+from ..handlers.stage import Handler, OnError, Stage, make_stage
+from ..state.artifact_stores import open_artifacts
+from ..state.artifacts import ARTIFACT_LIMIT, ArtifactStore
 from ..state.codec import MAX_DEPTH
 from ..state.errors import ConfigError, RowmillError
 from ..state.memory import MemoryStore
@@ -25,6 +35,9 @@ if TYPE_CHECKING:
     from .options import WorkerOptions
     from .results import ExecutionResult
     from .streaming import ChunkStream
+
+LOG_CHARACTERS = 4_096
+"""Of a row's log, as many as a dead letter's headers have room for."""
 
 H = TypeVar("H", bound=Handler)
 
@@ -47,6 +60,16 @@ class Pipeline:
         ordering: which rows wait for each other. ``key``: those of one key, as they came (rows without a key wait
             for none); ``partition``: all of a partition, one after the other; ``none``. Chains of plain functions
             keep the order of the partition in any case.
+        dead_letter_headers: ``rowmill`` (names that begin with ``rowmill.error.``), or ``connect``: Kafka Connect's
+            (``__connect.errors.…``) besides, for tools that know those.
+        budget: what a session may spend, over all its workers and restarts; see :class:`~rowmill.Budget`.
+        input, output: schemas of rows and results: a dataclass, a TypedDict, or a pydantic model's class. What does not
+            fit is a dead letter that names the field.
+        artifacts: where values go that are too large for a message: a folder, or an ArtifactStore. Texts in results
+            beyond ``artifact_limit``, and bytes, are replaced by references to them.
+        artifact_limit: longest text, in bytes of UTF-8, that stays in a result (65,536).
+        capture_logs: whether dead letters show what was logged about their row: True, or the characters to keep
+            (True: 4,096).
         max_row_bytes: longest value accepted as a row.
         max_depth: deepest nesting accepted in a row, up to 200.
 
@@ -64,6 +87,13 @@ class Pipeline:
         tombstones: Literal["dead_letter", "forward"] = "dead_letter",
         keys: Literal["text", "bytes"] = "text",
         ordering: Literal["key", "partition", "none"] = "key",
+        dead_letter_headers: Literal["rowmill", "connect"] = "rowmill",
+        budget: Budget | None = None,
+        input: Any = None,  # noqa: A002 - the word users look for
+        output: Any = None,
+        artifacts: str | ArtifactStore | None = None,
+        artifact_limit: int = ARTIFACT_LIMIT,
+        capture_logs: bool | int = False,
         max_row_bytes: int = MAX_ROW_BYTES,
         max_depth: int = MAX_DEPTH,
     ) -> None:
@@ -76,6 +106,15 @@ class Pipeline:
         self.tombstones = _one_of("tombstones", tombstones, ("dead_letter", "forward"))
         self.keys = _one_of("keys", keys, ("text", "bytes"))
         self.ordering = _one_of("ordering", ordering, ("key", "partition", "none"))
+        self.dead_letter_headers = _one_of("dead_letter_headers", dead_letter_headers, ("rowmill", "connect"))
+        if budget is not None and not isinstance(budget, Budget):
+            raise ConfigError("Pipeline(budget=)", budget, "give a Budget('5.00')")
+        self.budget = budget
+        self.input = None if input is None else make_validator(input, side="input", setting="Pipeline(input=)")
+        self.output = None if output is None else make_validator(output, side="result", setting="Pipeline(output=)")
+        self.artifacts = _artifacts(artifacts)
+        self.artifact_limit = _whole("artifact_limit", artifact_limit, 1, 1 << 30)
+        self.kept_log = _kept_log(capture_logs)
         self.max_row_bytes = _whole("max_row_bytes", max_row_bytes, 1, 1 << 30)
         self.max_depth = _whole("max_depth", max_depth, 1, 200)
         self._stages: list[Stage] = []
@@ -98,6 +137,18 @@ class Pipeline:
         frame: bool = False,
         timeout: float | None = None,
         concurrency: int | None = None,
+        retry: Retry | int | None = None,
+        breaker: CircuitBreaker | None = None,
+        limit: RateLimit | None = None,
+        cache: Cache | None = None,
+        price: Price | None = None,
+        fallback: Mapping[str, Any] | Handler | None = None,
+        on_error: OnError = "dead_letter",
+        when: Handler | None = None,
+        input: Any = None,
+        output: Any = None,
+        parse: bool = False,
+        executor: Literal["process"] | None = None,
     ) -> Callable[[H], H]: ...
     def stage(self, handler: Any = None, **options: Any) -> Any:
         """Decorator: append a function as the next stage. It stays an ordinary function.
@@ -123,20 +174,38 @@ class Pipeline:
         frame: bool = False,
         timeout: float | None = None,
         concurrency: int | None = None,
+        retry: Retry | int | None = None,
+        breaker: CircuitBreaker | None = None,
+        limit: RateLimit | None = None,
+        cache: Cache | None = None,
+        price: Price | None = None,
+        fallback: Mapping[str, Any] | Handler | None = None,
+        on_error: OnError = "dead_letter",
+        when: Handler | None = None,
+        input: Any = None,  # noqa: A002
+        output: Any = None,
+        parse: bool = False,
+        executor: Literal["process"] | None = None,
     ) -> Pipeline:
         """Append a handler, or a finished Stage, as the next stage; returns the pipeline, so that calls chain.
+
+        The options are those of :func:`~rowmill.handlers.stage.make_stage`.
 
         Raises:
             ConfigError: an option is wrong, or another stage has the same name.
         """
-        given = {"name": name, "batch": batch, "frame": frame or None, "timeout": timeout, "concurrency": concurrency}
+        options: dict[str, Any] = {
+            "name": name, "batch": batch, "frame": frame, "timeout": timeout, "concurrency": concurrency,
+            "retry": retry, "breaker": breaker, "limit": limit, "cache": cache, "price": price, "fallback": fallback,
+            "on_error": on_error, "when": when, "input": input, "output": output, "parse": parse, "executor": executor,
+        }  # fmt: skip
         if isinstance(handler, Stage):
-            extra = [option for option, value in given.items() if value is not None]
+            extra = [option for option, value in options.items() if value not in (None, False, "dead_letter")]
             if extra:
-                raise ConfigError(f"add({extra[0]}=)", given[extra[0]], "a finished Stage brings its own options")
+                raise ConfigError(f"add({extra[0]}=)", options[extra[0]], "a finished Stage brings its own options")
             stage = handler
         else:
-            stage = make_stage(handler, name=name, batch=batch, frame=frame, timeout=timeout, concurrency=concurrency)
+            stage = make_stage(handler, **options)
         Chain([*self._stages, stage])  # refuses a name that is taken
         self._stages.append(stage)
         return self
@@ -173,7 +242,11 @@ class Pipeline:
         Raises:
             ConfigError: there is no stage.
         """
-        return Chain(self._stages)
+        captures_all = bool(self.kept_log)
+        captures = captures_all or is_installed()
+        return Chain(
+            [captured(stage) if captures and (captures_all or not stage.is_plain) else stage for stage in self._stages]
+        )
 
     def process(self, row: Row, *, key: str | bytes | None = None) -> list[Row]:
         """One row through all stages, here and now, without any broker: for tests and for trying things out.
@@ -301,6 +374,20 @@ def _start(start: str | datetime) -> Literal["earliest", "latest"] | datetime:
     if start not in {"earliest", "latest"}:
         raise ConfigError("Pipeline(start=)", start, "use 'earliest', 'latest' or a datetime with a time zone")
     return "earliest" if start == "earliest" else "latest"
+
+
+def _artifacts(place: Any) -> str | ArtifactStore | None:
+    if place is None or isinstance(place, ArtifactStore):
+        return place
+    open_artifacts(place)  # refuses what is no place
+    return str(place)
+
+
+def _kept_log(capture_logs: Any) -> int:
+    """Characters of a row's log to keep; 0: none."""
+    if isinstance(capture_logs, bool):
+        return LOG_CHARACTERS if capture_logs else 0
+    return int(_whole("capture_logs", capture_logs, 1, LOG_CHARACTERS))
 
 
 def _one_of(name: str, value: Any, known: tuple[str, ...]) -> Any:

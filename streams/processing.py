@@ -8,14 +8,18 @@ joins the batch's effects only when the whole row is sound (law 3).
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Sequence
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ..handlers.chain import Chain, Failure, Outcome
+from ..handlers.capture import LogLines, lines_of
+from ..handlers.chain import Chain
 from ..handlers.context import NO_COST, Emit, RowContext, TablesOpener
 from ..handlers.flow import Flight
+from ..handlers.outcomes import Failure, Outcome
 from ..handlers.runtime import Runtime
+from ..state.artifacts import ArtifactError, materialize
 from ..state.codec import decode, encode
 from ..state.context import sum_costs
 from ..state.errors import BadRowError, ConfigError
@@ -31,6 +35,8 @@ from .session import INPUT_ERROR_HEADER, INPUT_ROW_HEADER, SESSION_HEADER, SOURC
 if TYPE_CHECKING:
     from .pipeline import Pipeline
 
+log = logging.getLogger(__name__)
+
 INPUT_STAGE = "input"
 """Stands for decoding in dead letters: the row never reached a stage."""
 OUTPUT_STAGE = "output"
@@ -45,19 +51,26 @@ _RECORD_OVERHEAD = 2_048  # our own headers, lengths and the batch's head, gener
 class Effects:
     """What completed rows do to the outside: records by output partition, in the rows' order, and counts."""
 
-    __slots__ = ("cost", "dead_letters", "dropped", "emitted", "outputs", "results", "rows", "tables", "tokens")
+    __slots__ = (
+        "cost", "dead_letters", "defaulted", "dropped", "emitted", "halted_by", "outputs", "results", "rows", "skipped",
+        "tables", "tokens",
+    )  # fmt: skip
 
     def __init__(self) -> None:
         self.outputs: dict[TopicPartition, list[Outgoing]] = {}
         self.rows = 0
         self.results = 0
         self.dropped = 0
+        self.skipped = 0
+        self.defaulted = 0
         self.dead_letters = 0
         self.emitted = 0
         self.cost = NO_COST
         self.tokens = 0
         self.tables: Layer | None = None
         """What the rows of a lot wrote to tables; not merged, but absorbed when the lot is done."""
+        self.halted_by: Failure | None = None
+        """What ends the session: the row behind these ``rows`` stays undone. Not merged."""
 
     def merge(self, other: Effects) -> None:
         """Add what came after."""
@@ -68,6 +81,8 @@ class Effects:
         self.rows += other.rows
         self.results += other.results
         self.dropped += other.dropped
+        self.skipped += other.skipped
+        self.defaulted += other.defaulted
         self.dead_letters += other.dead_letters
         self.emitted += other.emitted
         self.cost = sum_costs(self.cost, other.cost)
@@ -93,12 +108,24 @@ class Placed(NamedTuple):
 class Batch:
     """Records on their way through the chain; ``rows`` holds what became of each so far."""
 
-    __slots__ = ("contexts", "records", "rows")
+    __slots__ = ("contexts", "halted_by", "records", "rows")
 
     def __init__(self, records: Sequence[Record]) -> None:
         self.records = records
         self.rows: list[Outcome] = []
         self.contexts: list[RowContext] | None = None
+        self.halted_by: Failure | None = None
+
+    def cut(self) -> None:
+        """Leave out the row that ends the session, if one does, and all behind it."""
+        last = self.rows[-1] if self.rows else None
+        if not isinstance(last, Failure) or not last.halts:
+            return
+        halting = (i for i, outcome in enumerate(self.rows) if isinstance(outcome, Failure) and outcome.halts)
+        first = next(halting)
+        self.halted_by = last
+        self.records = self.records[:first]
+        del self.rows[first:]
 
 
 class Processor:
@@ -179,11 +206,13 @@ class Processor:
         else:
             self.decode(batch, lot)
             await self._chain.run(batch.rows, batch.contexts, self._runtime)
+            batch.cut()
             effects = await self._runtime.pool.run(self._settle_and_encode, batch, lot)
         while not isinstance(effects, Effects):
             await self._catalog.ensure(effects.names)
             effects = await self._runtime.pool.run(self._settle_and_encode, batch, lot)
         effects.tables = lot.layer if lot else None
+        effects.halted_by = batch.halted_by
         return effects
 
     async def encode(self, batch: Batch) -> Effects:
@@ -234,6 +263,8 @@ class Processor:
             batch.rows[place] = Failure(OUTPUT_STAGE, error.kind, str(error))
         except (TopicError, ConfigError) as error:
             batch.rows[place] = Failure(OUTPUT_STAGE, "topic_refused", str(error))
+        except ArtifactError as error:
+            batch.rows[place] = Failure(OUTPUT_STAGE, error.kind, str(error))
         else:
             context.placed = placed
             if self._tables:
@@ -242,6 +273,7 @@ class Processor:
     def _decode_and_run(self, batch: Batch, lot: _Lot | None) -> Effects | UnknownTopicsError:
         self.decode(batch, lot)
         self._chain.run_sync(batch.rows, batch.contexts)
+        batch.cut()
         return self._settle_and_encode(batch, lot)
 
     def _settle_and_encode(self, batch: Batch, lot: _Lot | None) -> Effects | UnknownTopicsError:
@@ -270,6 +302,7 @@ class Processor:
         pipeline = self._pipeline
         max_bytes, max_depth = pipeline.max_row_bytes, pipeline.max_depth
         text_keys, marked = pipeline.keys == "text", self._session.owns_source
+        check = pipeline.input
         rows: list[Outcome] = []
         for record in batch.records:
             try:
@@ -277,7 +310,8 @@ class Processor:
                     _check_utf8("key", record.key)
                 if record.headers:
                     _check_headers(record.headers, marked)
-                rows.append(decode(record.value, max_bytes, max_depth))
+                row = decode(record.value, max_bytes, max_depth)
+                rows.append(row if check is None else check.check(row))
             except BadRowError as error:
                 rows.append(Failure(INPUT_STAGE, error.kind, str(error)))
         batch.rows = rows
@@ -299,7 +333,7 @@ class Processor:
         key: str | bytes | None = record.key
         if text_keys and record.key is not None:
             key = record.key.decode("utf-8", "replace")  # a bad key's row runs through no stage
-        return RowContext(
+        context = RowContext(
             record.topic,
             record.partition,
             record.offset,
@@ -310,6 +344,9 @@ class Processor:
             open_tables,
             self._runtime,
         )
+        if self._pipeline.kept_log:
+            context.lines = LogLines(self._pipeline.kept_log)
+        return context
 
     # --- out -------------------------------------------------------------------------------------------------
 
@@ -322,7 +359,8 @@ class Processor:
         effects.rows = len(batch.records)
         plain_target = TopicPartition(self._sink, self._tp.partition)
         plain: list[Outgoing] = effects.outputs.setdefault(plain_target, [])
-        fast = self._same_partitions and batch.contexts is None
+        is_bare = self._pipeline.output is None and self._runtime.artifacts is None
+        fast = self._same_partitions and batch.contexts is None and is_bare
         limit = self._catalog.limit(self._sink) - _RECORD_OVERHEAD
         prefix, session_header = self._source_prefix, self._session_header
         now = self._clock.now_ms()
@@ -359,6 +397,7 @@ class Processor:
             effects.results += placed.results
             effects.emitted += placed.emitted
             effects.dropped += not placed.results
+            effects.defaulted += bool(placed.results and context is not None and context.is_defaulted)
         if context is not None and (context.cost or context.tokens):
             effects.cost = sum_costs(effects.cost, context.cost)
             effects.tokens += context.tokens
@@ -367,7 +406,11 @@ class Processor:
         self, effects: Effects, record: Record, outcome: Outcome, context: RowContext | None
     ) -> Placed | None:
         if isinstance(outcome, Failure) and (outcome.kind != "null_value" or self._pipeline.tombstones != "forward"):
-            self._bury(effects, record, outcome)
+            if outcome.then == "skip":
+                effects.skipped += 1
+                log.info("%s/%d: skipped: stage %r: %s", self._tp, record.offset, outcome.stage, outcome.message)
+            else:
+                self._bury(effects, record, outcome, lines_of(context) if context is not None else "")
             return None
         try:
             return self._placed(record, outcome, context)
@@ -375,6 +418,8 @@ class Processor:
             self._bury(effects, record, Failure(OUTPUT_STAGE, error.kind, str(error)))
         except (TopicError, ConfigError) as error:
             self._bury(effects, record, Failure(OUTPUT_STAGE, "topic_refused", str(error)))
+        except ArtifactError as error:
+            self._bury(effects, record, Failure(OUTPUT_STAGE, error.kind, str(error)))
         return None
 
     def _placed(self, record: Record, outcome: Outcome, context: RowContext | None) -> Placed:
@@ -393,11 +438,21 @@ class Processor:
             headers = context.headers
             if context.timestamp != record.timestamp:
                 timestamp = _checked_timestamp(context.timestamp, self._clock.now_ms())
-        value = None if isinstance(row, Failure) else encode(row)  # the only failure here is a forwarded tombstone
+        value = None if isinstance(row, Failure) else self._encoded(row)  # the only failure is a forwarded tombstone
         return self._place(self._sink, record, Outgoing(key, value, timestamp, headers), ordinal)
 
+    def _encoded(self, row: Any) -> bytes:
+        """A result as JSON: it fits the schema, and what is too large in it lies elsewhere."""
+        if self._pipeline.output is not None:
+            self._pipeline.output.check(row)
+        return encode(self._lightened(row))
+
+    def _lightened(self, row: Any) -> Any:
+        store = self._runtime.artifacts
+        return row if store is None else materialize(row, self._pipeline.artifact_limit, store)
+
     def _emit(self, record: Record, emit: Emit, ordinal: int) -> tuple[TopicPartition, Outgoing]:
-        out = Outgoing(emit.key, encode(emit.row), record.timestamp, emit.headers)
+        out = Outgoing(emit.key, encode(self._lightened(emit.row)), record.timestamp, emit.headers)
         return self._place(self._session.output(emit.topic), record, out, ordinal)
 
     def _place(self, topic: str, record: Record, out: Outgoing, ordinal: int) -> tuple[TopicPartition, Outgoing]:
@@ -427,9 +482,10 @@ class Processor:
             partitioner = self._partitioners[topic] = Partitioner(partitions)
         return partitioner
 
-    def _bury(self, effects: Effects, record: Record, failure: Failure) -> None:
+    def _bury(self, effects: Effects, record: Record, failure: Failure, lines: str = "") -> None:
         room = self._catalog.limit(self._session.dead_letters)
-        letter = dead_letter(record, failure, self._session.id, room)
+        connect = self._pipeline.name if self._pipeline.dead_letter_headers == "connect" else None
+        letter = dead_letter(record, failure, self._session.id, room, connect=connect, lines=lines)
         letter = letter._replace(timestamp=min(letter.timestamp, self._clock.now_ms()))
         effects.outputs.setdefault(self._dead_letters, []).append(letter)
         effects.dead_letters += 1

@@ -53,6 +53,10 @@ class ExecutionResult:
         session: the session's id.
         topics: where things are: role (source, sink, dead_letters) to topic.
         start_time, end_time: of this call.
+        stages: what happened in stages with policies, by name: calls, retries, time-outs and so on (see
+            :class:`~rowmill.handlers.runtime.StageCounts`). Of this call; calls made again after a crash count again.
+        stopped: why the session ended before its last row (a handler raised StopExecution), or None. Its topics are
+            kept; :meth:`~rowmill.Pipeline.run` with ``session=`` goes on with it.
     """
 
     data: pd.DataFrame
@@ -64,6 +68,8 @@ class ExecutionResult:
     start_time: datetime
     end_time: datetime
     metadata: dict[str, Any] = field(default_factory=dict)
+    stages: dict[str, dict[str, Any]] = field(default_factory=dict)
+    stopped: str | None = None
 
     @property
     def duration(self) -> timedelta:
@@ -77,8 +83,8 @@ class ExecutionResult:
 
     @property
     def is_complete(self) -> bool:
-        """Whether no row was lost to an error."""
-        return self.metrics.failed_rows == 0
+        """Whether every row is done and none was lost to an error."""
+        return self.metrics.failed_rows == 0 and self.stopped is None
 
     @property
     def lost_rows(self) -> list[Any]:

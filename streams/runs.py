@@ -14,6 +14,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from ..handlers.frames import frame_of, is_frame, labels_at
+from ..handlers.outcomes import Failure
 from ..state.clock import Clock, SystemClock
 from ..state.codec import dumps, loads
 from ..state.context import ExecutionContext
@@ -28,12 +29,12 @@ from .deadlines import deadline
 from .errors import BrokerError, CheckpointError, FencedError, SessionError
 from .inputs import LOT_BYTES, Input, InputReader, InputRow, make_input
 from .loops import run_blocking
-from .options import WorkerOptions
+from .options import WorkerOptions, state_folder
 from .partitioning import partition_for
 from .progress import progress_bar
 from .results import CostEstimate, ErrorInfo, ExecutionResult, ProcessingStats
 from .session import INPUT_ERROR_HEADER, INPUT_ROW_HEADER, SOURCE_HEADER, Session
-from .worker import Worker, state_folder
+from .worker import Worker
 
 if TYPE_CHECKING:
     import pandas as pd  # noqa: TID251 - for the type only
@@ -65,6 +66,10 @@ class RunOutcome:
     errors: list[ErrorInfo] = field(default_factory=list)
     sorter: Sorter = field(default_factory=Sorter)
     context: ExecutionContext | None = None
+    stages: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Counts of stages with policies, of this attempt."""
+    stopped_by: Failure | None = None
+    """What ended the session before its last row, if something did."""
 
     @property
     def costs(self) -> CostEstimate:
@@ -74,9 +79,26 @@ class RunOutcome:
         return CostEstimate(self.context.accumulated_cost, self.context.accumulated_tokens, self.processed)
 
     @property
+    def skipped(self) -> int:
+        """Rows that failed in a stage that says to leave them out."""
+        return self.context.skipped_rows if self.context is not None else 0
+
+    @property
+    def defaulted(self) -> int:
+        """Rows that went on with a fallback."""
+        return self.context.defaulted_rows if self.context is not None else 0
+
+    @property
     def dropped(self) -> int:
         """Rows that handlers dropped on purpose."""
-        return self.rows - self.processed - self.failed
+        return self.done - self.processed - self.failed - self.skipped
+
+    @property
+    def done(self) -> int:
+        """Rows that are done: all, unless a row ended the session."""
+        if self.stopped_by is None or self.context is None:
+            return self.rows
+        return min(self.rows, self.context.completed_rows)
 
     def values(self) -> Iterator[bytes]:
         """The results' JSON texts in the order of the input. May be called again."""
@@ -385,6 +407,9 @@ class BoundedRun:
 
     async def _read_back(self, starts: Mapping[TopicPartition, int] | None) -> RunOutcome:
         outcome = RunOutcome(self.session)
+        if self._worker is not None:
+            outcome.stopped_by = self._worker.stopped_by
+            outcome.stages = {name: c.to_dict() for name, c in self._worker.runtime.stage_counts.items()}
         sink = self.session.output(self._pipeline.sink)
         outcome.topics = {
             "source": ", ".join(self.session.source(topic) for topic in self._pipeline.sources),
@@ -476,8 +501,8 @@ async def remove_session(
     """Delete a bounded session's own topics, groups and local tables: every trace of it, and nothing else."""
     sources = [session.source(topic) for topic in pipeline.sources]
     topics = sources if session.owns_source else []
-    topics = [*topics, *map(session.changelog, sources)]
-    topics += [session.output(pipeline.sink), session.dead_letters, *side_topics]
+    topics = [*topics, *map(session.changelog, sources), *map(session.answers, sources)]
+    topics += [session.output(pipeline.sink), session.dead_letters, session.budget, *side_topics]
     await broker.delete_topics(topics)
     await broker.delete_groups([session.group, session.publisher_id])
     if pipeline.tables:
@@ -555,7 +580,7 @@ class _Call:
             data = await asyncio.to_thread(_data, outcome, self._rows)
         finally:
             outcome.sorter.close()
-        if self._temporary:
+        if self._temporary and outcome.stopped_by is None:
             await _remove(open_broker(self._broker_url), self._pipeline, outcome, self._options)
         return _result(outcome, data, self._rows, started)
 
@@ -587,6 +612,8 @@ def _result(outcome: RunOutcome, data: pd.DataFrame, rows: Any, started: datetim
         topics=outcome.topics,
         start_time=started,
         end_time=datetime.now(UTC),
+        stages=outcome.stages,
+        stopped=outcome.stopped_by.message if outcome.stopped_by else None,
     )
 
 
@@ -602,7 +629,9 @@ def stats_of(outcome: RunOutcome) -> ProcessingStats:
         total_rows=outcome.rows,
         processed_rows=outcome.processed,
         failed_rows=outcome.failed,
-        skipped_rows=outcome.dropped,
+        skipped_rows=outcome.skipped,
+        dropped_rows=outcome.dropped,
+        defaulted_rows=outcome.defaulted,
         results=outcome.results,
         rows_per_second=outcome.rows_here / outcome.seconds if outcome.seconds else 0.0,
         total_duration_seconds=outcome.seconds,

@@ -96,6 +96,15 @@ class Session:
         """The changelog topic of one source (a topic as it is read): context and tables of its partitions."""
         return f"{self.group}.{source}.changelog"
 
+    def answers(self, source: str) -> str:
+        """The topic of shared cached answers of one source."""
+        return f"{self.group}.{source}.answers"
+
+    @property
+    def budget(self) -> str:
+        """The topic of the budget's ledger."""
+        return f"{self.group}.budget"
+
     def transactional_id(self, tp: TopicPartition) -> str:
         """The producer id of one input partition: by group, so that sessions never fence each other."""
         return f"{self.group}/{tp}"

@@ -64,6 +64,8 @@ class StreamingResult:
         self.rows = 0
         self.processed = 0
         self.failed = 0
+        self.skipped = 0
+        self.defaulted = 0
         self.errors: list[ErrorInfo] = []
         self.session = ""
         self.topics: dict[str, str] = {}
@@ -84,7 +86,9 @@ class StreamingResult:
             total_rows=self.rows,
             processed_rows=self.processed,
             failed_rows=self.failed,
-            skipped_rows=self.rows - self.processed - self.failed,
+            skipped_rows=self.skipped,
+            dropped_rows=self.rows - self.processed - self.failed - self.skipped,
+            defaulted_rows=self.defaulted,
             results=self._results,
             rows_per_second=self.rows / seconds if seconds else 0.0,
             total_duration_seconds=seconds,
@@ -307,6 +311,8 @@ class _Engine:
                 self._held.append(result)
         failures = await dead_letters.read()
         self._result.failed += len(failures)
+        self._result.skipped = self._worker.stats.skipped
+        self._result.defaulted = self._worker.stats.defaulted
         room = KEPT_ERRORS - len(self._result.errors)
         self._result.errors += [describe_error(record) for record in islice(failures, max(0, room))]
 

@@ -9,13 +9,14 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from decimal import Decimal
-from pathlib import Path
+from typing import Any
 
-from ..handlers.chain import Chain
+from ..handlers.chain import Chain, with_inner
 from ..handlers.context import NO_COST
 from ..handlers.executors import BlockingPool
-from ..handlers.flow import Flow, OnDone
-from ..handlers.runtime import Runtime
+from ..handlers.flow import Flow, OnDone, OnGivenUp
+from ..handlers.outcomes import Failure
+from ..handlers.runtime import Event, Runtime
 from ..state.clock import Clock, SystemClock
 from ..state.context import sum_costs
 from ..state.model import TopicPartition
@@ -25,9 +26,10 @@ from .catalog import Catalog
 from .dead_letters import HEADROOM_BYTES
 from .deadlines import FIRST_PAUSE, LONGEST_PAUSE, Patience, deadline, to_the_end
 from .delivery import Forwarder
-from .errors import BrokerError, FencedError, OffsetOutOfRangeError, StalledError, TopicError
+from .errors import BrokerError, FencedError, OffsetOutOfRangeError, RowFailedError, StalledError, TopicError
+from .facilities import Facilities
 from .in_flight import InFlight
-from .options import WorkerOptions
+from .options import WorkerOptions, state_folder
 from .partition_state import CHANGELOG_CONFIG, PartitionState
 from .partition_task import PartitionTask
 from .pipeline import Pipeline
@@ -44,6 +46,10 @@ _FETCH_PATIENCE_SECONDS = 1.0
 _REVOKE_SECONDS = 0.5
 _ELSEWHERE_SECONDS = 1.0
 _PROBE_SECONDS = 10.0
+_OTHERS_SECONDS = 10.0
+
+BUDGET_STAGE = "budget"
+"""Stands for the session's budget where that ended it."""
 
 
 @dataclass(slots=True)
@@ -53,6 +59,8 @@ class WorkerStats:
     rows: int = 0
     results: int = 0
     dropped: int = 0
+    skipped: int = 0
+    defaulted: int = 0
     dead_letters: int = 0
     emitted: int = 0
     transactions: int = 0
@@ -65,6 +73,8 @@ class WorkerStats:
         self.rows += effects.rows
         self.results += effects.results
         self.dropped += effects.dropped
+        self.skipped += effects.skipped
+        self.defaulted += effects.defaulted
         self.dead_letters += effects.dead_letters
         self.emitted += effects.emitted
         self.transactions += 1
@@ -101,6 +111,8 @@ class Worker(AssignmentListener):
         self.session = session or Session(pipeline.name)
         self.options = options or WorkerOptions()
         self.stats = WorkerStats()
+        self.stopped_by: Failure | None = None
+        """The row's failure that ended the session, if one did: a StopExecution, or one whose stage says ``fail``."""
         self._broker = broker
         self._clock = clock or SystemClock()
         self._chain = pipeline.chain()
@@ -112,15 +124,19 @@ class Worker(AssignmentListener):
             timeout=self.options.broker_timeout,
         )
         self._keeps_order = _keeps_order(pipeline, self._chain)
-        blocking = sum(s.concurrency for s in pipeline.stages if not s.is_async and not s.is_plain)
+        blocking = sum(s.concurrency for s in with_inner(pipeline.stages) if not s.is_async and not s.is_plain)
         self._pool = pool or BlockingPool(self.options.threads + blocking)
+        self._facilities = Facilities(
+            pipeline, self._chain, self.session, broker, self.options, self._pool, self._clock
+        )
+        self._runtime = self._facilities.runtime
+        self._runtime.listeners.append(self._heard_of)
         # Tables have threads of their own: handlers that hang must not keep a partition from being handed over.
         self._store_pool = pool or BlockingPool(_STORE_THREADS)
         self._stores = stores
         self._name = self._clock.token()
         self._alone = asyncio.Lock()
         self._changelogs: dict[str, int] = {}  # partitions of the changelog by source
-        self._runtime = Runtime(self._pool, self._clock)
         self._in_flight = InFlight(self.options.max_in_flight, self.options.max_in_flight_bytes)
         self._member: Member | None = None
         self._epoch = 0
@@ -134,6 +150,7 @@ class Worker(AssignmentListener):
         self._stable.set()
         self._stopping = False
         self._rejoin = False
+        self._penniless: asyncio.Task[None] | None = None
         self._failure: BaseException | None = None
         self._ends: Mapping[TopicPartition, int] | None = None
         self._fetching: asyncio.Task[None] | None = None
@@ -162,6 +179,9 @@ class Worker(AssignmentListener):
         finally:  # cancelled, or a bug: what is in work is given up, and runs again elsewhere
             self._stopping = True
             await self._leave()
+            if self._penniless is not None:
+                self._penniless.cancel()
+            await self._facilities.close()
             if self._stores is not None:
                 self._stores.close()
             self._pool.close()
@@ -184,6 +204,11 @@ class Worker(AssignmentListener):
     def is_complete(self) -> bool:
         """Whether everything given to :meth:`finish_at` is committed."""
         return self._ends is not None and self._ends.keys() <= self._finished
+
+    @property
+    def runtime(self) -> Runtime:
+        """What the stages share: their counts, breakers and events."""
+        return self._runtime
 
     def has_committed(self, ends: Mapping[TopicPartition, int]) -> bool:
         """Whether everything before these offsets is committed, as far as this worker's partitions go."""
@@ -250,7 +275,9 @@ class Worker(AssignmentListener):
         await self._catalog.require(
             [self.session.dead_letters], config={"max.message.bytes": str(room)}, partitions=max(counts)
         )
-        await self._prepare_changelogs({source: self._catalog.partitions(source) for source in self._sources})
+        partitions = {source: self._catalog.partitions(source) for source in self._sources}
+        await self._prepare_changelogs(partitions)
+        await self._facilities.prepare(self._catalog, partitions)
 
     async def _prepare_changelogs(self, partitions: Mapping[str, int]) -> None:
         """Changelogs have the partitions of their sources, also when those grow."""
@@ -321,6 +348,7 @@ class Worker(AssignmentListener):
         try:
             if tp.partition >= self._changelogs[tp.topic]:
                 await self._prepare_changelogs({tp.topic: tp.partition + 1})
+            await self._facilities.take_over(tp)
             offset = await task.open(self._first_offset)
             await self._stable.wait()  # the next assignment tells whether it is still ours
             if self._epochs.get(tp) != epoch or self._member is None:
@@ -386,6 +414,7 @@ class Worker(AssignmentListener):
             options=self.options,
             clock=self._clock,
             on_commit=self._on_commit,
+            on_halt=self._halt,
             on_change=self._changed.set,
         )
 
@@ -394,12 +423,13 @@ class Worker(AssignmentListener):
             return Transactor(self._broker, self.session, tp, self.options, self._clock, self._stable)
         return Forwarder(self._broker, self.session, tp, self.options, lambda: self._member)
 
-    def _make_flow(self, on_done: OnDone, on_error: Callable[[], None]) -> Flow:
+    def _make_flow(self, on_done: OnDone, on_error: Callable[[], None], on_given_up: OnGivenUp) -> Flow:
         return Flow(
             self._chain,
             self._runtime,
             on_done,
             on_error,
+            on_given_up,
             by_key=self.pipeline.ordering == "key",
             linger=self.options.linger,
         )
@@ -418,6 +448,40 @@ class Worker(AssignmentListener):
     def _on_commit(self, tp: TopicPartition, effects: Effects, seconds: float) -> None:
         self.stats.add(tp, effects)
         log.debug("%s: committed %d rows in %.3f s", tp, effects.rows, seconds)
+
+    def _halt(self, tp: TopicPartition, failure: Failure) -> None:
+        """A row ends the session: in order, or as failed."""
+        if self.stopped_by is None:
+            self.stopped_by = failure
+            log.warning("%s: stage %r ends the session: %s", tp, failure.stage, failure.message)
+        if failure.then == "fail":
+            self._fail(
+                RowFailedError(
+                    f"{tp}: stage {failure.stage!r}: {failure.kind}: {failure.message}. Its on_error= is 'fail': the "
+                    "row stays undone, and the session goes on with it once the cause is mended"
+                )
+            )
+        else:
+            self.stop()
+
+    def _heard_of(self, event: Event) -> None:
+        """Once the money is gone, a session that should end does; one that goes on for ever waits for more."""
+        if event.kind == "budget_exhausted" and (self._ends is not None or self.session.owns_source):
+            self._penniless = self._penniless or asyncio.create_task(self._end_without_money(event.detail))
+
+    async def _end_without_money(self, detail: dict[str, Any]) -> None:
+        """Unless other workers give some back within a while: what a dead one had leased never comes back."""
+        account = self._runtime.account
+        give_up = self._clock.monotonic() + (_OTHERS_SECONDS if detail.get("others_open") not in {None, "0"} else 0)
+        while account is not None and account.is_exhausted and not self._stopping:
+            if self._clock.monotonic() >= give_up:
+                message = f"the budget of {detail['limit']} is used up (spent: {detail['spent']})"
+                self.stopped_by = self.stopped_by or Failure(BUDGET_STAGE, "budget_exhausted", message, then="stop")
+                log.warning("%s: the session ends; give it a higher budget to go on", message)
+                self.stop()
+                return
+            await self._clock.sleep(_PULSE_SECONDS)
+        self._penniless = None
 
     def _fail(self, error: BaseException) -> None:
         self._failure = self._failure or error
@@ -586,13 +650,6 @@ class Worker(AssignmentListener):
             await asyncio.wait(self._parting, timeout=self.options.broker_timeout)
         if member is not None:
             await member.leave()
-
-
-def state_folder(options: WorkerOptions, broker: Broker) -> Path:
-    """Where a worker keeps tables: the option, else a folder beside the embedded broker's files, else one of ours."""
-    if options.state_dir is not None:
-        return Path(options.state_dir)
-    return broker.folder / "state" if broker.folder is not None else Path(".rowmill/state")
 
 
 def _keeps_order(pipeline: Pipeline, chain: Chain) -> bool:

@@ -176,6 +176,14 @@ class TransactionalProducer(Producer):
     object is spent: close it, and start another one if still the owner.
     """
 
+    @property
+    def written(self) -> Mapping[TopicPartition, int]:
+        """The offset behind the transaction's last record in each partition, as far as the broker told.
+
+        To be asked when ``end`` failed, as a witness of what became of it; a broker that needs none says nothing.
+        """
+        return {}
+
     @abstractmethod
     async def begin(self) -> None:
         """Open a transaction. Local; the broker hears of it with the first send."""
@@ -202,6 +210,31 @@ class TransactionalProducer(Producer):
     @abstractmethod
     async def abort(self) -> None:
         """Throw the open transaction away."""
+
+    async def settle(
+        self,
+        partitions: Collection[TopicPartition],
+        group: str | None,
+        offsets: Mapping[TopicPartition, Committed],
+        *,
+        commit: bool,
+    ) -> None:
+        """End what ended transactions of this id left open in these places, all of it in one way.
+
+        A broker whose transactions end everywhere or nowhere has nothing to do: that is the default. Kafka decides
+        first and writes a marker to each partition afterwards, and gives markers up while a partition has no leader
+        (FACTS): then records stay invisible, and the next transaction of the id would end them in *its* way.
+
+        Args:
+            partitions: where records may be left.
+            group: the group whose offsets may be left; None: of none.
+            offsets: what to commit for the group with it, where ``commit`` is true; {}: what was left.
+            commit: whether what was left counts.
+
+        Raises:
+            FencedError: somebody else owns the id.
+            BrokerError: whether it took effect is unknown: start another producer and look again.
+        """
 
 
 class Broker(ABC):
@@ -285,6 +318,15 @@ class Broker(ABC):
 
         An answer that is an error is retried or raised, never read as "no offset" (FACTS).
         """
+
+    async def pending(self, group: str, partitions: Collection[TopicPartition]) -> frozenset[TopicPartition]:
+        """Those for which offsets lie in a transaction that has not ended for the group.
+
+        After the ``start`` of a transactional id nothing of it should be pending; see ``TransactionalProducer.settle``
+        for what can be. A broker that cannot tell says none.
+        """
+        del group, partitions
+        return frozenset()
 
     @abstractmethod
     async def groups(self) -> list[str]:

@@ -11,8 +11,18 @@ import functools
 import itertools
 import logging
 import struct
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Coroutine, Iterator, Mapping, Sequence
-from typing import Any, ParamSpec, TypeVar
+from collections.abc import (
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Collection,
+    Coroutine,
+    Generator,
+    Iterator,
+    Mapping,
+    Sequence,
+)
+from typing import Any, NoReturn, ParamSpec, TypeVar
 
 import aiokafka
 from aiokafka import errors as kafka_errors
@@ -21,8 +31,19 @@ from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
 from aiokafka.consumer.fetcher import READ_COMMITTED, PartitionRecords
 from aiokafka.coordinator.assignors.sticky.sticky_assignor import StickyPartitionAssignor
 from aiokafka.protocol.admin import DeleteGroupsRequest, DeleteTopicsRequest
+from aiokafka.protocol.api import Request, RequestStruct, Response
 from aiokafka.protocol.commit import OffsetFetchRequest
 from aiokafka.protocol.fetch import FetchRequest
+from aiokafka.protocol.types import (
+    Boolean,
+    CompactArray,
+    CompactString,
+    Int16,
+    Int32,
+    Int64,
+    Schema,
+    TaggedFields,
+)
 from aiokafka.record.default_records import _DefaultRecordBatchPy, _DefaultRecordPy
 
 from ...state.clock import Clock
@@ -68,7 +89,9 @@ _HEARTBEAT_MS = 300
 _FETCH_WAIT_MS = 100
 """How long a broker holds a fetch that finds nothing. The client has one at a time for each broker: a partition that
 begins beside quiet ones waits for it, half a second by default."""
-_METADATA_ATTEMPTS = 100
+_SHORT_PAUSE = 0.01
+_METADATA_ATTEMPTS = 20
+"""Answers without a partition after which it counts as absent."""
 _RECORD_BYTES = 100
 """More than the lengths, offsets and times of a record take, and than the head of a batch."""
 
@@ -143,6 +166,9 @@ def _asked(asking: asyncio.Task[Any]) -> None:
         asking.exception()  # looked at: whoever asked heard it, or has gone
 
 
+_PARTLY_LOADED = "this partition was there before; the broker has loaded only a part of its metadata since it restarted"
+
+
 class KafkaBroker(Broker):
     """Topics on Apache Kafka.
 
@@ -178,6 +204,7 @@ class KafkaBroker(Broker):
         self._uncommitted: aiokafka.AIOKafkaConsumer | None = None
         self._opening = asyncio.Lock()
         self._limits: dict[str, int] = {}
+        self._sizes: dict[str, int] = {}  # partitions of topics, as seen: they never become fewer
 
     async def start(self) -> None:
         """Connect; see the port."""
@@ -221,11 +248,14 @@ class KafkaBroker(Broker):
         """All topics but Kafka's internal ones."""
         async with self._call("list topics"):
             described = await self._started().describe_topics()
-        return {
+        found = {
             entry["topic"]: TopicInfo(entry["topic"], len(entry["partitions"]))
             for entry in described
             if not entry["is_internal"] and not entry["error_code"]
         }
+        for name, topic in found.items():
+            self._sizes[name] = max(topic.partitions, self._sizes.get(name, 0))
+        return found
 
     @_outlives_its_caller
     async def record_limits(self, topics: Collection[str]) -> dict[str, int]:
@@ -280,6 +310,8 @@ class KafkaBroker(Broker):
     async def delete_topics(self, names: Collection[str]) -> None:
         """Delete, and wait until the names are gone from the metadata."""
         present = set(await self.topics()) & set(names)
+        for name in names:
+            self._sizes.pop(name, None)
         if not present:
             return
         async with self._call("delete topics"):
@@ -339,7 +371,10 @@ class KafkaBroker(Broker):
         counts = {entry["topic"]: len(entry["partitions"]) for entry in described if not entry["error_code"]}
         for tp in partitions:
             if tp.partition >= counts.get(tp.topic, 0):
+                if tp.topic in counts and tp.partition < self._sizes.get(tp.topic, 0):
+                    raise BrokerError(f"{tp}: {_PARTLY_LOADED}")
                 raise TopicError(f"{tp}: no such partition on {self.url}; `rowmill topics` lists what there is")
+        self._sizes |= counts
 
     # --- groups ------------------------------------------------------------------------------------------------
 
@@ -358,6 +393,26 @@ class KafkaBroker(Broker):
                     coordinator = await self._started().find_coordinator(group)
                     response = await self._started()._send_request(request, coordinator)  # noqa: SLF001
                     return _committed(response, partitions)
+                except kafka_errors.KafkaError as error:
+                    if not getattr(error, "retriable", False):
+                        raise
+                await self._clock.sleep(RETRY_PAUSE)
+
+    @_outlives_its_caller
+    async def pending(self, group: str, partitions: Collection[TopicPartition]) -> frozenset[TopicPartition]:
+        """An OffsetFetch that asks for stable offsets: the broker refuses those that a transaction may still move."""
+        by_topic: dict[str, list[int]] = {}
+        for tp in partitions:
+            by_topic.setdefault(tp.topic, []).append(tp.partition)
+        request = _StableOffsetsRequest(group, by_topic)
+        async with self._call(f"read the pending offsets of group {group}"):
+            while True:
+                try:
+                    coordinator = await self._started().find_coordinator(group)
+                    response = await self._started()._send_request(request, coordinator)  # noqa: SLF001
+                    return _pending(response, partitions)
+                except NotImplementedError:  # the client's word for a broker that does not speak this version
+                    return frozenset()
                 except kafka_errors.KafkaError as error:
                     if not getattr(error, "retriable", False):
                         raise
@@ -408,13 +463,14 @@ class KafkaBroker(Broker):
 
     def producer(self) -> Producer:
         """An idempotent producer."""
-        return KafkaProducer(self._producer(enable_idempotence=True), self._limits)
+        return KafkaProducer(self._producer(enable_idempotence=True), self._limits, self._sizes)
 
     def transactional_producer(self, transactional_id: str) -> TransactionalProducer:
         """A transactional producer; a transaction that is left open ends by itself after a minute."""
         return KafkaTransactionalProducer(
             self._producer(transactional_id=transactional_id, transaction_timeout_ms=60_000),
             self._limits,
+            self._sizes,
             transactional_id,
         )
 
@@ -510,6 +566,86 @@ def _committed(response: Any, partitions: Collection[TopicPartition]) -> dict[To
     if missing:  # a short answer is no "no offset"
         raise kafka_errors.GroupLoadInProgressError(f"no answer for {missing[0]}")
     return found
+
+
+def _pending(response: Any, partitions: Collection[TopicPartition]) -> frozenset[TopicPartition]:
+    if response.error_code:
+        raise kafka_errors.for_code(response.error_code)("OffsetFetch")
+    codes = {
+        TopicPartition(topic, partition): code
+        for topic, entries, _ in response.topics
+        for partition, _, _, _, code, _ in entries
+    }
+    for tp in partitions:
+        code = codes.get(tp)
+        if code is None:
+            raise kafka_errors.GroupLoadInProgressError(f"no answer for {tp}")
+        if code not in (0, _UNSTABLE_OFFSET_COMMIT):
+            raise kafka_errors.for_code(code)(str(tp))
+    return frozenset(tp for tp in partitions if codes[tp])
+
+
+_UNSTABLE_OFFSET_COMMIT = 88
+
+
+class _StableOffsetsResponse(Response):  # type: ignore[misc]  # the client has no types
+    API_KEY = 9
+    API_VERSION = 7
+    SCHEMA = Schema(
+        ("throttle_time_ms", Int32),
+        (
+            "topics",
+            CompactArray(
+                ("topic", CompactString("utf-8")),
+                (
+                    "partitions",
+                    CompactArray(
+                        ("partition", Int32),
+                        ("offset", Int64),
+                        ("leader_epoch", Int32),
+                        ("metadata", CompactString("utf-8")),
+                        ("error_code", Int16),
+                        ("tags", TaggedFields),
+                    ),
+                ),
+                ("tags", TaggedFields),
+            ),
+        ),
+        ("error_code", Int16),
+        ("tags", TaggedFields),
+    )
+
+
+class _StableOffsetsRequestV7(RequestStruct):  # type: ignore[misc]
+    """OffsetFetch of KIP-447, Kafka 2.5 and later; the client stops at version 3 (FACTS, "Fencing")."""
+
+    FLEXIBLE_VERSION = True
+    API_KEY = 9
+    API_VERSION = 7
+    RESPONSE_TYPE = _StableOffsetsResponse
+    SCHEMA = Schema(
+        ("group", CompactString("utf-8")),
+        (
+            "topics",
+            CompactArray(
+                ("topic", CompactString("utf-8")), ("partitions", CompactArray(Int32)), ("tags", TaggedFields)
+            ),
+        ),
+        ("require_stable", Boolean),
+        ("tags", TaggedFields),
+    )
+
+
+class _StableOffsetsRequest(Request[_StableOffsetsRequestV7]):  # type: ignore[misc]
+    API_KEY = 9
+
+    def __init__(self, group: str, by_topic: Mapping[str, Sequence[int]]) -> None:
+        self._group = group
+        no_tags: dict[int, bytes] = {}
+        self._topics = [(topic, list(numbers), no_tags) for topic, numbers in by_topic.items()]
+
+    def build(self, request_struct_class: type[_StableOffsetsRequestV7]) -> _StableOffsetsRequestV7:
+        return request_struct_class(self._group, self._topics, True, {})
 
 
 # The newest version of the Fetch API that each release speaks, read off their ApiVersions answers: the protocol
@@ -765,9 +901,10 @@ class _Rebalances(aiokafka.ConsumerRebalanceListener):  # type: ignore[misc]
 class KafkaProducer(Producer):
     """Builds record batches itself: one ``send_batch`` a megabyte instead of one ``send`` a record."""
 
-    def __init__(self, client: aiokafka.AIOKafkaProducer, limits: Mapping[str, int]) -> None:
+    def __init__(self, client: aiokafka.AIOKafkaProducer, limits: Mapping[str, int], sizes: Mapping[str, int]) -> None:
         self._client = client
         self._limits = limits
+        self._sizes = sizes
         self._known: set[TopicPartition] = set()
         self._ends: dict[TopicPartition, int] = {}
 
@@ -785,48 +922,110 @@ class KafkaProducer(Producer):
                 (await self._client.send_batch(batch, tp.topic, partition=tp.partition), batch.record_count())
                 for batch in _batches(self._client, records, self._limits.get(tp.topic, BATCH_BYTES))
             ]
-        return self._all_written(tp, acknowledgements)
-
-    async def _all_written(self, tp: TopicPartition, acknowledgements: Sequence[tuple[Awaitable[Any], int]]) -> None:
-        """Await every one, also after a failure: an unawaited one is a lost row that nobody hears of (FACTS)."""
-        results = await asyncio.gather(*(written for written, _ in acknowledgements), return_exceptions=True)
-        for result, (_, count) in zip(results, acknowledgements, strict=True):
-            if isinstance(result, BaseException):
-                with _translated(f"write to {tp}"):
-                    raise result
-            if result.offset >= 0:  # unknown where a repeated batch was recognised as one
-                self._ends[tp] = result.offset + count
+        return _Written(tp, acknowledgements, self._ends)
 
     async def _check_exists(self, tp: TopicPartition) -> None:
         """The client asks for an absent topic again and again, and asserts on an absent partition."""
         client = self._client.client
         with _translated(f"look {tp} up"):
             client.add_topic(tp.topic)
-            for attempt in range(_METADATA_ATTEMPTS):
+            answers = 0
+            while True:
                 partitions = client.cluster.partitions_for_topic(tp.topic)
                 if partitions and tp.partition in partitions:
                     self._known.add(tp)
                     return
-                if attempt > 1:  # the first answer has it, unless the topic is brand new
+                if answers == _METADATA_ATTEMPTS:
+                    break
+                if answers > 1:  # the first answer has it, unless the topic is brand new
                     await asyncio.sleep(RETRY_PAUSE)
-                await client.force_metadata_update()
+                if await client.force_metadata_update():
+                    answers += 1
+                else:  # nobody answered; the caller's deadline ends this
+                    await asyncio.sleep(RETRY_PAUSE)
+        if partitions and tp.partition < self._sizes.get(tp.topic, 0):
+            raise BrokerError(f"{tp}: {_PARTLY_LOADED}")
         raise TopicError(f"{tp}: no such topic or partition; `rowmill topics` lists what there is")
 
     async def close(self) -> None:
         """Stop, without waiting for what nobody waits for."""
         sender = self._client._sender  # noqa: SLF001 - stop() would deliver what is pending first, or hang
+        sender.client = _Gone()
         await _stop(sender.close(), None)
         await _stop(self._client.client.close(), self._client.client)
         _look_at_errors(self._client)
         self._client._closed = True  # noqa: SLF001 - it is; and its destructor would complain otherwise
 
 
+class _Gone:
+    """The client of a sender that is closed: a task of the sender ends where it would ask it anything more.
+
+    The sender cancels its loop and not the tasks that it began: one that looks for a coordinator outlives it, and adds
+    its partitions to a transaction of the same producer number when the broker comes back, seconds later (seen).
+    """
+
+    def __getattr__(self, name: str) -> NoReturn:
+        raise asyncio.CancelledError(name)
+
+
+class _Written(Awaitable[None]):
+    """What ``send`` returns. No coroutine: who is cancelled between a send and its await leaves nothing behind.
+
+    Args:
+        tp: where the batches went.
+        acknowledgements: the client's future of each batch, and the records in it.
+        ends: takes the offset behind the last record.
+    """
+
+    def __init__(
+        self,
+        tp: TopicPartition,
+        acknowledgements: Sequence[tuple[asyncio.Future[Any], int]],
+        ends: dict[TopicPartition, int],
+    ) -> None:
+        self._tp = tp
+        self._acknowledgements = acknowledgements
+        self._ends = ends
+        for written, _ in acknowledgements:
+            written.add_done_callback(_looked_at)
+
+    def __await__(self) -> Generator[Any, None, None]:
+        return self._all().__await__()
+
+    async def _all(self) -> None:
+        """Await every one, also after a failure: an unawaited one is a lost row that nobody hears of (FACTS)."""
+        results = await asyncio.gather(*(written for written, _ in self._acknowledgements), return_exceptions=True)
+        for result, (_, count) in zip(results, self._acknowledgements, strict=True):
+            if isinstance(result, BaseException):
+                with _translated(f"write to {self._tp}"):
+                    raise result
+            if result.offset >= 0:  # unknown where a repeated batch was recognised as one
+                self._ends[self._tp] = result.offset + count
+
+
+def _looked_at(written: asyncio.Future[Any]) -> None:
+    """Whoever sent it hears of a failure by awaiting, or has gone: asyncio has nothing to report."""
+    if not written.cancelled():
+        written.exception()
+
+
 class KafkaTransactionalProducer(KafkaProducer, TransactionalProducer):
     """A producer with a transactional id."""
 
-    def __init__(self, client: aiokafka.AIOKafkaProducer, limits: Mapping[str, int], transactional_id: str) -> None:
-        super().__init__(client, limits)
+    def __init__(
+        self,
+        client: aiokafka.AIOKafkaProducer,
+        limits: Mapping[str, int],
+        sizes: Mapping[str, int],
+        transactional_id: str,
+    ) -> None:
+        super().__init__(client, limits, sizes)
         self._id = transactional_id
+
+    @property
+    def written(self) -> Mapping[TopicPartition, int]:
+        """As acknowledged so far."""
+        return self._ends
 
     async def begin(self) -> None:
         """Open a transaction."""
@@ -851,6 +1050,46 @@ class KafkaTransactionalProducer(KafkaProducer, TransactionalProducer):
         """Abort."""
         with _translated(f"abort the transaction of {self._id}"):
             await self._client.abort_transaction()
+
+    async def settle(
+        self,
+        partitions: Collection[TopicPartition],
+        group: str | None,
+        offsets: Mapping[TopicPartition, Committed],
+        *,
+        commit: bool,
+    ) -> None:
+        """A transaction without records: its markers end what lies open under this producer's number (FACTS)."""
+        client, manager = self._client, self._client._txn_manager  # noqa: SLF001 - there is no call for it
+        await self._await_leaders(partitions)
+        await self.begin()
+        with _translated(f"settle what {self._id} left open"):
+            for tp in partitions:
+                manager.maybe_add_partition_to_txn(aiokafka.TopicPartition(*tp))
+            while manager.is_in_transaction() and manager.partitions_to_add():  # noqa: ASYNC110 - it tells nobody
+                await asyncio.sleep(_SHORT_PAUSE)
+            if not manager.is_in_transaction():
+                await manager.wait_for_transaction_end()  # raises what went wrong
+        if group is not None and offsets:
+            await self.commit_offsets(group, offsets)
+        elif group is not None:
+            with _translated(f"settle the offsets of {group}"):
+                while not await client._sender._do_add_offsets_to_txn(group):  # noqa: SLF001
+                    pass  # it has paused
+        await (self.end() if commit else self.abort())
+
+    async def _await_leaders(self, partitions: Collection[TopicPartition]) -> None:
+        """A partition without a leader would get no marker this time either."""
+        client = self._client.client
+        with _translated("look up the leaders"):
+            for topic in {tp.topic for tp in partitions}:
+                client.add_topic(topic)
+            while True:
+                known = await client.force_metadata_update()
+                leaders = [client.cluster.leader_for_partition(aiokafka.TopicPartition(*tp)) for tp in partitions]
+                if known and all(leader is not None and leader >= 0 for leader in leaders):
+                    return
+                await asyncio.sleep(RETRY_PAUSE)
 
 
 def _batches(client: aiokafka.AIOKafkaProducer, records: Sequence[Outgoing], limit: int) -> Iterator[Any]:

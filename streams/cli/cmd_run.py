@@ -146,8 +146,10 @@ def _prepare(args: argparse.Namespace) -> _Job:
     from ...state.clock import SystemClock
     from ..inputs import FileInput
     from ..session import LIVE, Session
+    from ...handlers.capture import install
     from .load import load_pipeline
 
+    install()  # log records of handlers tell their rows, for whatever format the pipeline's file sets up
     pipeline = load_pipeline(args.pipeline)
     pipeline.chain()
     if args.input is None:

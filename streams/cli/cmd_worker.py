@@ -93,8 +93,10 @@ def main(args: argparse.Namespace) -> int:
     import asyncio
 
     from ..session import LIVE, Session
+    from ...handlers.capture import install
     from .load import load_pipeline
 
+    install()  # log records of handlers tell their rows, for whatever format the pipeline's file sets up
     pipeline = load_pipeline(args.pipeline)
     pipeline.chain()
     session = Session(pipeline.name, args.session or LIVE)

@@ -36,6 +36,9 @@ def _headline(outcome: RunOutcome, pipeline: str) -> str:
     earlier = outcome.rows - outcome.rows_here
     if earlier > 0:
         text += f"; {earlier:,} had been done before"
+    if outcome.stopped_by is not None:
+        stage, why = outcome.stopped_by.stage, plain(outcome.stopped_by.message)
+        text += f"\nstopped by stage {stage!r}: {why}; {outcome.rows - outcome.done:,} rows are left to do"
     return text
 
 
@@ -47,6 +50,8 @@ def _counts(outcome: RunOutcome) -> list[tuple[str, str]]:
         ("rows in", f"{outcome.rows:,}"),
         ("results", f"{outcome.results:,}"),
         ("dropped", f"{outcome.dropped:,}"),
+        *([("skipped", f"{outcome.skipped:,}")] if outcome.skipped else []),
+        *([("with fallback", f"{outcome.defaulted:,}")] if outcome.defaulted else []),
         ("dead letters", f"{outcome.failed:,}"),
         *spent,
     ]
@@ -88,7 +93,8 @@ def _next_commands(outcome: RunOutcome, output: str | None, broker_words: list[s
 def summary_json(outcome: RunOutcome, pipeline: str, output: str | None, broker: str) -> dict[str, Any]:
     """The same as JSON values; names and types are kept from release to release."""
     return {
-        "status": "done",
+        "status": "stopped" if outcome.stopped_by else "done",
+        "stopped": outcome.stopped_by.message if outcome.stopped_by else None,
         "pipeline": pipeline,
         "session": outcome.session.id,
         "broker": broker,
@@ -96,6 +102,8 @@ def summary_json(outcome: RunOutcome, pipeline: str, output: str | None, broker:
         "processed": outcome.processed,
         "results": outcome.results,
         "dropped": outcome.dropped,
+        "skipped": outcome.skipped,
+        "defaulted": outcome.defaulted,
         "dead_letters": outcome.failed,
         "cost": str(outcome.costs.total_cost),
         "tokens": outcome.costs.total_tokens,

@@ -487,6 +487,29 @@ class BrokerContract:
         assert values_of((await drain(broker, tps))[tps[0]]) == [b"kept"]
         assert await broker.committed(f"{topic}-g", tps) == dict.fromkeys(tps)
 
+    async def test_settling_what_is_in_order(
+        self, broker: Broker, tps: list[TopicPartition], transactional: Owners, topic: str
+    ) -> None:
+        """Where nothing was left open, settling changes nothing, either way, and the producer goes on."""
+        group = f"{topic}-g"
+        producer = await transactional(f"{topic}-id")
+        await producer.begin()
+        await put(producer, tps[0], out(b"a"))
+        await producer.commit_offsets(group, {tps[0]: Committed(1, "map")})
+        await producer.end()
+        for commit in (False, True):
+            await producer.settle(tps, group, {}, commit=commit)
+            await producer.settle(tps[:1], None, {}, commit=commit)
+            await producer.settle([], group, {tps[0]: Committed(1, "map")}, commit=commit)
+        await producer.begin()
+        await put(producer, tps[0], out(b"b"))
+        await producer.end()
+        await transactional.settle()
+        assert values_of((await drain(broker, tps))[tps[0]]) == [b"a", b"b"]
+        assert await broker.committed(group, tps[:1]) == {tps[0]: Committed(1, "map")}
+        assert await broker.pending(group, tps) == frozenset()
+        assert await broker.pending(f"{topic}-absent", tps) == frozenset()
+
     async def test_offsets_alone(
         self, broker: Broker, tps: list[TopicPartition], transactional: Owners, topic: str
     ) -> None:

@@ -77,7 +77,7 @@ def test_counts_are_exact_for_dropped_failed_and_several(broker_url: str, name: 
     result = pipeline.run(frame, broker=broker_url)
     assert list(result.data["n"]) == results
     assert list(result.data.index) == [n * 3 for n in results]
-    assert (result.metrics.failed_rows, result.metrics.skipped_rows) == (len(failed), dropped)
+    assert (result.metrics.failed_rows, result.metrics.dropped_rows) == (len(failed), dropped)
     assert result.metrics.results == len(results)
     assert result.lost_rows == [n * 3 for n in failed]
     assert {e.error_type for e in result.errors} == {"ValueError"}

@@ -216,7 +216,7 @@ async def test_context_is_exact(broker_url: str, name: str, tmp_path: Path, orde
     async with opened(broker_url) as broker:
         context = await session_context(broker, Session(name), [name], 10, SystemClock())
     assert context is not None
-    assert (context.processed_rows, context.failed_rows, context.skipped_rows) == (160, 20, 20)
+    assert (context.processed_rows, context.failed_rows, context.dropped_rows) == (160, 20, 20)
     assert (context.accumulated_cost, context.accumulated_tokens) == (Decimal("20.0"), 400)
     assert context.total_rows == 250
     assert context.get_progress() == 80.0

@@ -7,20 +7,32 @@ from typing import NamedTuple
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rowmill.state.checkpoint import CHECKPOINT_KEY, CheckpointRecord
 from rowmill.state.model import Committed, Outgoing, TopicPartition
 from rowmill.streams.options import WorkerOptions
 from rowmill.streams.session import Session
-from rowmill.streams.transaction import Transactor
+from rowmill.streams.transaction import IsOurs, Transactor
 from support.fake_broker import FakeBroker, Step, lost
 from support.fake_clock import FakeClock
 
 IN, OUT = TopicPartition("in", 0), TopicPartition("out", 0)
-STEPS: list[Step] = ["start", "begin", "send", "ack", "offsets", "end", "committed"]
+CHANGELOG = TopicPartition("rowmill.p.in.changelog", 0)
+STEPS: list[Step] = ["start", "begin", "send", "ack", "offsets", "end", "committed", "pending", "settle", "look_up"]
 
 
-async def ours() -> bool:
-    """Every commit that is found is this transactor's."""
-    return True
+def record(n: int) -> Outgoing:
+    """The checkpoint record of the commit of ``n``."""
+    return Outgoing(CHECKPOINT_KEY, CheckpointRecord(n + 1, 0, False, None, {}, {}, {}, "me", "").encode(), 0)
+
+
+def witness(broker: FakeBroker, n: int) -> IsOurs:
+    """Whose the changelog's last record is, asked about the commit of ``n``."""
+
+    async def is_ours() -> bool | None:
+        last = (broker.values(CHANGELOG.topic) or [None])[-1]
+        return {record(n).value: True, record(n - 1).value if n else None: False}.get(last)
+
+    return is_ours
 
 
 class Script(NamedTuple):
@@ -44,6 +56,7 @@ def test_exactly_once(scripts: list[Script], markers: bool) -> None:
     broker = FakeBroker(markers=markers)
     broker.make("in")
     broker.make("out")
+    broker.make(CHANGELOG.topic)
     transactor = Transactor(broker, Session("p"), IN, WorkerOptions(stall_timeout=10_000), FakeClock())
 
     async def run() -> None:
@@ -51,7 +64,8 @@ def test_exactly_once(scripts: list[Script], markers: bool) -> None:
         for script in scripts:
             broker.inject(script.step, lost(), took_effect=script.took_effect, skip=script.skip, times=script.times)
         for n in range(5):
-            await transactor.commit({OUT: [Outgoing(None, b"%d" % n, 0)]}, Committed(n + 1), ours)
+            outputs = {OUT: [Outgoing(None, b"%d" % n, 0)], CHANGELOG: [record(n)]}
+            await transactor.commit(outputs, Committed(n + 1), witness(broker, n))
 
     asyncio.run(run())
     assert broker.values("out") == [b"0", b"1", b"2", b"3", b"4"]

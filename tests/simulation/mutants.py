@@ -63,7 +63,7 @@ class Mutant:
             yield
 
 
-_READ = "self.checkpoint = await read_checkpoint(self._broker, self._group, self._tp, self._options.broker_timeout)"
+_READ = "found = await self._read()"
 
 MUTANTS = (
     Mutant(
@@ -95,19 +95,25 @@ MUTANTS = (
             Change(
                 Transactor,
                 "open",
-                f"await self._new_producer()\n    {_READ}",
-                f"{_READ}\n    await self._new_producer()",
+                f"await self._new_producer()\n        {_READ}",
+                f"{_READ}\n        await self._new_producer()",
             ),
         ),
     ),
     Mutant(
         "stale-rows",
         "rows of an older epoch go on when the partition comes back after others had it",
-        # Three guards stand in a row: the epoch, the fence, and the checkpoint that is not as it was left.
+        # Four guards stand in a row: the epoch, the fence, the checkpoint that is not as it was left, the changelog.
         (
             Change(Worker, "assigned", " if consecutive else frozenset()", ""),
             Change(Transactor, "commit", "except BrokerError as error", "except (BrokerError, FencedError) as error"),
-            Change(Transactor, "_settled", "if found != previous:", "if False:"),
+            Change(
+                Transactor,
+                "_took_effect",
+                "if found not in expected and not pending:",
+                "if False:",
+            ),
+            Change(Transactor, "_was_committed", "if ours is None and self._changelog not in void:", "if False:"),
         ),
     ),
     Mutant(

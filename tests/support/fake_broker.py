@@ -39,6 +39,8 @@ Step: TypeAlias = Literal[
     "offsets",
     "end",
     "committed",
+    "pending",
+    "settle",
     "topics",
     "create",
     "look_up",
@@ -108,6 +110,8 @@ class FakeBroker(Broker):
         self.commits = 0
         """Transactions that took effect."""
         self.creation_allowed = True
+        self._left: dict[str, _Transaction] = {}
+        self._giving_up: list[Callable[[TopicPartition | str], bool]] = []
         self._topics: dict[str, TopicInfo] = {}
         self._logs: dict[TopicPartition, _Log] = {}
         self._open: dict[str, _Transaction] = {}
@@ -140,6 +144,20 @@ class FakeBroker(Broker):
             then: called when it fails, for what happens elsewhere meanwhile.
         """
         self._faults.append(Fault(step, error, took_effect, skip, times, then))
+
+    def give_up_markers(self, where: Callable[[TopicPartition | str], bool]) -> None:
+        """Leave out markers of the next transaction that is decided, as Kafka does for partitions without a leader.
+
+        Args:
+            where: asked for each partition that was written to, and for each group (by its name): whether to leave
+                it open. What was written there stays invisible until another transaction of the same id ends there,
+                in whatever way that one is decided.
+        """
+        self._giving_up.append(where)
+
+    def left_open(self) -> bool:
+        """Whether anything waits for a marker that was given up."""
+        return any(left.written or left.offsets for left in self._left.values())
 
     def write(self, tp: TopicPartition, *values: bytes | None, key: bytes | None = None) -> None:
         """Put records in a partition, at timestamps that tell their offsets."""
@@ -291,6 +309,14 @@ class FakeBroker(Broker):
         known = self.group_offsets.get(group, {})
         return await self.step("committed", lambda: {tp: known.get(tp) for tp in partitions})
 
+    async def pending(self, group: str, partitions: Collection[TopicPartition]) -> frozenset[TopicPartition]:
+        def find() -> frozenset[TopicPartition]:
+            unfinished = [*self._open.values(), *self._decided.values(), *self._left.values()]
+            waiting = {tp for transaction in unfinished for tp in transaction.offsets.get(group, ())}
+            return frozenset(partitions) & waiting
+
+        return await self.step("pending", find)
+
     async def groups(self) -> list[str]:
         return sorted({*self.group_offsets, *(group for group, members in self._members.items() if members)})
 
@@ -370,18 +396,39 @@ class FakeBroker(Broker):
             self.show(transactional_id)
 
     def _settle(self, transactional_id: str, transaction: _Transaction, *, commit: bool) -> None:
+        left = self._left.setdefault(transactional_id, _Transaction())
+        gives_up = self._giving_up.pop(0) if self._giving_up else lambda _: False
         for tp, offsets in transaction.written.items():
+            if gives_up(tp):
+                left.written.setdefault(tp, []).extend(offsets)
+                continue
             log = self._logs[tp]
-            for offset in offsets if not commit else ():
+            for offset in [*left.written.pop(tp, []), *offsets] if not commit else ():
                 log.records[offset - log.start] = None
+            left.written.pop(tp, None)
             log.open.pop(transactional_id, None)
             if self.markers:
                 log.records.append(None)
-        if commit:
+        for group, moved in transaction.offsets.items():
+            if gives_up(group):
+                left.offsets.setdefault(group, {}).update(moved)
+                continue
+            effective = {**left.offsets.pop(group, {}), **moved}
+            if commit:
+                self.group_offsets.setdefault(group, {}).update(effective)
+        if commit and not transaction.settling:
             self.commits += 1
-            for group, moved in transaction.offsets.items():
-                self.group_offsets.setdefault(group, {}).update(moved)
         self.wake()
+
+    def add_places(self, transactional_id: str, partitions: Collection[TopicPartition], group: str | None) -> None:
+        """Have the open transaction end in these places, too."""
+        transaction = self._open[transactional_id]
+        transaction.settling = True
+        for tp in partitions:
+            self.log(tp)
+            transaction.written.setdefault(tp, [])
+        if group is not None:
+            transaction.offsets.setdefault(group, {})
 
     async def rebalance(self, group: str, *, joins: FakeMember | None = None, leaves: FakeMember | None = None) -> None:
         """Take all partitions from all members, and share them among those who are there then."""
@@ -407,6 +454,7 @@ class FakeBroker(Broker):
 class _Transaction:
     written: dict[TopicPartition, list[int]] = field(default_factory=dict)
     offsets: dict[str, dict[TopicPartition, Committed]] = field(default_factory=dict)
+    settling: bool = False
 
 
 class FakeReader(Reader):
@@ -584,6 +632,7 @@ class FakeTransactionalProducer(FakeProducer, TransactionalProducer):
         self._id = transactional_id
         self._epoch = 0
         self._acks: list[_Ack] = []
+        self._ends: dict[TopicPartition, int] = {}
         self._spent = False
         self.closed = False
 
@@ -595,9 +644,14 @@ class FakeTransactionalProducer(FakeProducer, TransactionalProducer):
         self._broker.show(self._name)
         self._broker.finish(self._name, commit=False)
 
+    @property
+    def written(self) -> Mapping[TopicPartition, int]:
+        return self._ends
+
     async def begin(self) -> None:
         await self._do("begin", lambda: self._broker.open_transaction(self._name))
         self._acks = []
+        self._ends = {}
 
     async def send(self, tp: TopicPartition, records: Sequence[Outgoing]) -> Awaitable[None]:
         self._check()
@@ -611,6 +665,7 @@ class FakeTransactionalProducer(FakeProducer, TransactionalProducer):
     def _write(self, tp: TopicPartition, records: Sequence[Outgoing]) -> _Ack:
         self._check()
         self._acks.append(super()._write(tp, records))
+        self._ends = self._broker.written_ends(self._name)
         return self._acks[-1]
 
     async def commit_offsets(self, group: str, offsets: Mapping[TopicPartition, Committed]) -> None:
@@ -630,6 +685,23 @@ class FakeTransactionalProducer(FakeProducer, TransactionalProducer):
     async def abort(self) -> None:
         self._check()
         self._broker.finish(self._name, commit=False)
+
+    async def settle(
+        self,
+        partitions: Collection[TopicPartition],
+        group: str | None,
+        offsets: Mapping[TopicPartition, Committed],
+        *,
+        commit: bool,
+    ) -> None:
+        def act() -> None:
+            self._broker.open_transaction(self._name)
+            self._broker.add_places(self._name, partitions, group)
+            if group is not None:
+                self._broker.add_offsets(self._name, group, offsets)
+            self._broker.finish(self._name, commit=commit)
+
+        await self._do("settle", act)
 
     async def close(self) -> None:
         self.closed = True

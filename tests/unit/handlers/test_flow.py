@@ -25,7 +25,7 @@ async def run(stages: Sequence[Any], rows: Sequence[Any], *, by_key: bool = Fals
         if len(done) == len(rows):
             finished.set()
 
-    flow = Flow(chain, Runtime(pool), on_done, lambda: None, by_key=by_key, linger=linger)
+    flow = Flow(chain, Runtime(pool), on_done, lambda: None, unexpected, by_key=by_key, linger=linger)
     for number, row in enumerate(rows):
         key, value = row if isinstance(row, tuple) else (None, row)
         flow.enter(Flight(value, None, key, number))
@@ -37,6 +37,11 @@ async def run(stages: Sequence[Any], rows: Sequence[Any], *, by_key: bool = Fals
         await flow.close()
         pool.close()
     return done
+
+
+def unexpected(flights: Sequence[Flight], failure: Failure | None) -> None:
+    """No row is given up in these tests."""
+    raise AssertionError([flight.value for flight in flights])
 
 
 async def test_rows_overtake_a_slow_one() -> None:
@@ -95,7 +100,7 @@ async def test_slots_are_shared_between_flows() -> None:
         if not left:
             finished.set()
 
-    flows = [Flow(Chain(stages), runtime, on_done, lambda: None, by_key=False, linger=0) for _ in range(2)]
+    flows = [Flow(Chain(stages), runtime, on_done, lambda: None, unexpected, by_key=False, linger=0) for _ in range(2)]
     for flow in flows:
         for n in range(20):
             flow.enter(Flight({"n": n}, None, None, n))
@@ -215,7 +220,7 @@ async def test_closing_cancels_what_runs() -> None:
         return row
 
     stages, pool = [make_stage(hang)], BlockingPool(1)
-    flow = Flow(Chain(stages), Runtime(pool), done.append, lambda: None, by_key=False, linger=0)
+    flow = Flow(Chain(stages), Runtime(pool), done.append, lambda: None, unexpected, by_key=False, linger=0)
     flow.enter(Flight({"n": 1}, None, None, 1))
     async with asyncio.timeout(5):
         await entered.wait()

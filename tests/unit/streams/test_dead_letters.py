@@ -97,3 +97,21 @@ def test_what_does_not_fit(value_bytes: int, header_bytes: int, keeps_headers: b
     assert mark == (None if keeps_value else b"%d" % value_bytes)
     assert keeps_value or len(letter.value) > 90_000
     assert header_of(letter.headers, "rowmill.error.stage") == b"score"
+
+
+def test_the_words_of_kafka_connect() -> None:
+    """Asked for, Connect's headers say the same besides ours."""
+    source = record(b"{}", offset=7, partition=3)
+    plain, both = (dead_letter(source, FAILURE, SESSION, 100_000, connect=name) for name in (None, "p"))
+    assert both.headers[: len(plain.headers)] == plain.headers
+    assert dict(both.headers[len(plain.headers) :]) == {
+        "__connect.errors.topic": b"in",
+        "__connect.errors.partition": b"3",
+        "__connect.errors.offset": b"7",
+        "__connect.errors.connector.name": b"p",
+        "__connect.errors.task.id": b"3",
+        "__connect.errors.stage": b"TRANSFORMATION",
+        "__connect.errors.class.name": b"score",
+        "__connect.errors.exception.class.name": b"KeyError",
+        "__connect.errors.exception.message": b"'text'",
+    }

@@ -21,13 +21,14 @@ COUNTS = [
     "max_in_flight_bytes",
     "threads",
     "partitions",
+    "processes",
 ]
 
 MISTAKES: list[tuple[str, Any]] = [
     *((name, value) for name in SECONDS_FROM_0 for value in (-1, -0.1, True, "1", None, float("nan"), float("inf"))),
     *((name, value) for name in SECONDS for value in (0, 0.0, -1, True, "1", None, float("nan"), float("inf"))),
     *((name, value) for name in COUNTS for value in (0, -1, 1.0, True, "1")),
-    *((name, None) for name in COUNTS if name != "partitions"),
+    *((name, None) for name in COUNTS if name not in {"partitions", "processes"}),
     *((name, value) for name in COUNTS_FROM_0 for value in (-1, 1.0, True, "1", None)),
     *(("guarantee", value) for value in ("at_most_once", None, 1)),
     *(("table_cache_bytes", value) for value in (0, 1, 8 * 1024 * 1024 - 1, True, "1", None)),

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from rowmill import Pipeline
 from rowmill.handlers.executors import BlockingPool
+from rowmill.handlers.outcomes import Failure
 from rowmill.handlers.runtime import Runtime
 from rowmill.handlers.stage import Stage, make_stage
 from rowmill.state.clock import Clock, SystemClock
@@ -53,6 +54,7 @@ class Bench:
         self.broker.write(TP, *(dumps(row) for row in ROWS))
         self.pool = BlockingPool(1)
         self.commits: list[Effects] = []
+        self.halted: list[Failure] = []
         self.changes = 0
         self.gate = asyncio.Event()
         """Rows wait here, when the handler is ``waiting``."""
@@ -91,6 +93,7 @@ class Bench:
             options=settings,
             clock=clock,
             on_commit=lambda _tp, effects, _seconds: self.commits.append(effects),
+            on_halt=lambda tp, failure: self.halted.append(failure),
             on_change=changed,
         )
 

@@ -6,15 +6,17 @@ import itertools
 from typing import get_args
 
 import pytest
+from rowmill.state.checkpoint import CHECKPOINT_KEY, CheckpointRecord, crc_of
 from rowmill.state.model import Committed, Outgoing, TopicPartition
 from rowmill.streams.errors import BrokerError, BrokerTimeoutError, FencedError, StalledError, TopicError
 from rowmill.streams.options import WorkerOptions
 from rowmill.streams.session import Session
-from rowmill.streams.transaction import CheckpointMovedError, Transactor
+from rowmill.streams.transaction import CheckpointMovedError, IsOurs, Transactor
 from support.fake_broker import FakeBroker, FakeTransactionalProducer, Step, lost
 from support.fake_clock import FakeClock
 
 IN = TopicPartition("in", 0)
+CHANGELOG = TopicPartition("rowmill.p.in.changelog", 0)
 OUT = [TopicPartition("out", partition) for partition in range(2)]
 SESSION = Session("p")
 GROUP = SESSION.group
@@ -22,6 +24,9 @@ OPTIONS = WorkerOptions(broker_timeout=10, stall_timeout=60)
 HASTY = WorkerOptions(broker_timeout=0.1, stall_timeout=60)
 """For steps that never answer."""
 STEPS: tuple[Step, ...] = ("begin", "send", "ack", "offsets", "end")
+COMMIT: list[Step] = ["begin", "send", "send", "send", "ack", "ack", "ack", "offsets", "end"]
+LOOKING: list[Step] = ["pending", "look_up", "look_up"]
+"""What is asked after a start: the group's offset, and the changelog's two ends."""
 
 pytestmark = pytest.mark.timeout(20)
 
@@ -32,6 +37,7 @@ def broker() -> FakeBroker:
     broker = FakeBroker()
     broker.make("in", 1)
     broker.make("out", 2)
+    broker.make(CHANGELOG.topic, 1)
     return broker
 
 
@@ -53,22 +59,44 @@ def hasty(broker: FakeBroker, clock: FakeClock) -> Transactor:
     return Transactor(broker, SESSION, IN, HASTY, clock)
 
 
-async def ours() -> bool:
-    """Every commit that is found is this transactor's."""
-    return True
+def record(number: int) -> Outgoing:
+    """The checkpoint record of row ``number``'s commit."""
+    offset, crc = number + 1, crc_of(Committed(number + 1, f"map {number}"))
+    text = CheckpointRecord(offset, crc, False, None, {}, {}, {}, "me", "").encode()
+    return Outgoing(CHECKPOINT_KEY, text, 0)
+
+
+def witness(broker: FakeBroker, number: int) -> IsOurs:
+    """Whose the changelog's last record is, asked about the commit of row ``number``."""
+
+    async def is_ours() -> bool | None:
+        last = (broker.values(CHANGELOG.topic) or [None])[-1]
+        if last == record(number).value:
+            return True
+        return False if last == (record(number - 1).value if number else None) else None
+
+    return is_ours
 
 
 async def commit(transactor: Transactor, number: int) -> None:
-    """Commit the effects of row ``number``: a record in each partition of the sink."""
-    outputs = {tp: [Outgoing(None, b"%d" % number, 0)] for tp in OUT}
-    await transactor.commit(outputs, Committed(number + 1, f"map {number}"), ours)
+    """Commit the effects of row ``number``: a record in each partition of the sink and one in the changelog."""
+    broker = transactor._broker
+    assert isinstance(broker, FakeBroker)
+    outputs = {tp: [Outgoing(None, b"%d" % number, 0)] for tp in OUT} | {CHANGELOG: [record(number)]}
+    await transactor.commit(outputs, Committed(number + 1, f"map {number}"), witness(broker, number))
 
 
-def exact(broker: FakeBroker, count: int) -> None:
+async def ours() -> bool:
+    """For commits that do not write the changelog: it is not asked."""
+    raise AssertionError("asked")
+
+
+def exact(broker: FakeBroker, count: int, transactions: int | None = None) -> None:
     """Assert that the effects of rows 0 to count - 1 are there once, in order, with their checkpoint."""
     assert broker.values("out") == [b"%d" % n for n in range(count)] * 2
+    assert broker.values(CHANGELOG.topic) == [record(n).value for n in range(count)]
     assert broker.group_offsets.get(GROUP, {}) == ({IN: Committed(count, f"map {count - 1}")} if count else {})
-    assert broker.commits == count
+    assert broker.commits == (count if transactions is None else transactions)
 
 
 async def test_open_fences_then_reads(broker: FakeBroker, transactor: Transactor) -> None:
@@ -78,7 +106,7 @@ async def test_open_fences_then_reads(broker: FakeBroker, transactor: Transactor
     await commit(zombie, 0)
     broker.calls.clear()
     assert await transactor.open() == Committed(1, "map 0")
-    assert broker.calls == ["start", "committed"]
+    assert broker.calls == ["start", "committed", *LOOKING]
     with pytest.raises(FencedError):
         await commit(zombie, 1)
     await commit(transactor, 1)
@@ -91,7 +119,7 @@ async def test_steps_of_a_commit(broker: FakeBroker, transactor: Transactor) -> 
     for number in range(3):
         broker.calls.clear()
         await commit(transactor, number)
-        assert broker.calls == ["begin", "send", "send", "ack", "ack", "offsets", "end"]
+        assert broker.calls == COMMIT
         assert transactor.checkpoint == Committed(number + 1, f"map {number}")
     assert broker.starts == {"rowmill.p/in/0": 1}
 
@@ -139,7 +167,7 @@ async def test_a_commit_that_took_effect_is_not_repeated(broker: FakeBroker, tra
     broker.inject("end", lost(), took_effect=True)
     broker.calls.clear()
     await commit(transactor, 0)
-    assert broker.calls == ["begin", "send", "send", "ack", "ack", "offsets", "end", "start", "committed"]
+    assert broker.calls == [*COMMIT, "start", "committed", *LOOKING, "settle"]
     assert transactor.checkpoint == Committed(1, "map 0")
     exact(broker, 1)
 
@@ -149,12 +177,12 @@ async def test_a_commit_that_took_no_effect_is_sent_again(broker: FakeBroker, tr
     await transactor.open()
     broker.inject("end", lost())
     await commit(transactor, 0)
-    assert broker.calls.count("send") == 4
+    assert broker.calls.count("send") == 6
     assert broker.starts == {"rowmill.p/in/0": 2}
     exact(broker, 1)
 
 
-SETTLING: tuple[Step, ...] = ("start", "committed")
+SETTLING: tuple[Step, ...] = ("start", "committed", "pending", "look_up")
 
 
 @pytest.mark.parametrize(("step", "hangs"), list(itertools.product(SETTLING, [False, True])))
@@ -224,7 +252,7 @@ async def test_somebody_moved_the_checkpoint(
     sent = broker.calls.count("send")
     with pytest.raises(CheckpointMovedError, match="in/0: expected"):
         await commit(transactor, 1)
-    assert broker.calls.count("send") == sent + 2
+    assert broker.calls.count("send") == sent + 3
     assert await transactor.open() == found
 
 
@@ -313,6 +341,150 @@ async def test_offsets_alone(broker: FakeBroker, transactor: Transactor) -> None
     assert broker.values("out") == []
 
 
+PLACES: tuple[TopicPartition | str, ...] = (*OUT, CHANGELOG, GROUP)
+SUBSETS = [subset for size in range(len(PLACES) + 1) for subset in itertools.combinations(PLACES, size)]
+
+
+def described(places: tuple[TopicPartition | str, ...]) -> str:
+    """The id of a subset in a table."""
+    return "+".join(str(place) for place in places) or "none"
+
+
+@pytest.mark.parametrize("places", SUBSETS, ids=described)
+@pytest.mark.parametrize("took_effect", [False, True])
+async def test_markers_are_given_up(
+    broker: FakeBroker, transactor: Transactor, took_effect: bool, places: tuple[TopicPartition | str, ...]
+) -> None:
+    """A commit's answer is lost, and its outcome, whichever it is, reaches only some places: each effect appears once.
+
+    This is what Kafka does when a broker comes back: a decided transaction's marker for a partition without a leader
+    is left out, and the next transaction of the id decides for both (FACTS, "Markers that are given up").
+    """
+    await transactor.open()
+    await commit(transactor, 0)
+    broker.inject("end", lost(), took_effect=took_effect)
+    broker.give_up_markers(lambda place: place in places)
+    await commit(transactor, 1)
+    # What nobody saw the outcome of is simply committed, where it lies.
+    spared = not took_effect and places == PLACES
+    exact(broker, 2, 2 - spared)
+    assert not broker.left_open()
+    broker.inject("ack", lost())
+    await commit(transactor, 2)
+    exact(broker, 3, 3 - spared)
+
+
+@pytest.mark.parametrize("places", SUBSETS, ids=described)
+@pytest.mark.parametrize("step", ["begin", "send"])
+async def test_markers_of_a_confirmed_commit_are_given_up(
+    broker: FakeBroker, transactor: Transactor, step: Step, places: tuple[TopicPartition | str, ...]
+) -> None:
+    """A commit is confirmed, its markers reach only some places, and the next commit fails: both appear, once."""
+    await transactor.open()
+    await commit(transactor, 0)
+    broker.give_up_markers(lambda place: place in places)
+    await commit(transactor, 1)
+    broker.inject(step, lost())
+    await commit(transactor, 2)
+    exact(broker, 3)
+    assert not broker.left_open()
+
+
+@pytest.mark.parametrize("places", SUBSETS, ids=described)
+@pytest.mark.parametrize("step", ["ack", "offsets", "end"])
+async def test_a_confirmed_commit_is_aborted_with_the_next_one(
+    broker: FakeBroker,
+    transactor: Transactor,
+    step: Step,
+    places: tuple[TopicPartition | str, ...],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """A commit is confirmed, its markers are given up, and the next one, aborted, takes it along: its rows run again.
+
+    If it is lost everywhere, its effects appear once all the same. If not, none is lost, and the log says the rest.
+    """
+    await transactor.open()
+    await commit(transactor, 0)
+    broker.give_up_markers(lambda place: place in places)
+    await commit(transactor, 1)
+    broker.inject(step, lost())
+    lost_in = [place for place in places if place != GROUP]
+    if not lost_in:
+        await commit(transactor, 2)
+        exact(broker, 3)
+        return
+    with pytest.raises(CheckpointMovedError, match="was lost"):
+        await commit(transactor, 2)
+    assert await transactor.open() == Committed(1, "map 0")
+    assert not broker.left_open()
+    in_part = len(lost_in) < len(PLACES) - 1
+    assert ("appear twice" in caplog.text) == in_part
+    if in_part and CHANGELOG not in places:
+        return  # the witness knows no changelog that is ahead
+    await commit(transactor, 1)
+    await commit(transactor, 2)
+    for place in (*OUT, CHANGELOG):
+        values = [stored.value for stored in broker.records(place.topic) if stored.partition == place.partition]
+        expected = [record(n).value for n in range(3)] if place == CHANGELOG else [b"0", b"1", b"2"]
+        assert values == (expected if place in places else [*expected[:2], *expected[1:]])
+
+
+@pytest.mark.parametrize("places", SUBSETS, ids=described)
+async def test_the_next_owner_finds_markers_given_up(
+    broker: FakeBroker, transactor: Transactor, places: tuple[TopicPartition | str, ...]
+) -> None:
+    """A commit's markers reach only some places and its process is gone: the next owner goes on behind it."""
+    await transactor.open()
+    await commit(transactor, 0)
+    broker.give_up_markers(lambda place: place in places)
+    await commit(transactor, 1)
+    newer = Transactor(broker, SESSION, IN, OPTIONS, FakeClock())
+    assert await newer.open() == Committed(2, "map 1")
+    await commit(newer, 2)
+    exact(broker, 3)
+
+
+@pytest.mark.parametrize("places", [subset for subset in SUBSETS if not {*OUT, *PLACES[2:]} <= {*subset, *OUT}])
+async def test_the_next_owner_finds_an_abort_given_up(
+    broker: FakeBroker, transactor: Transactor, places: tuple[TopicPartition | str, ...]
+) -> None:
+    """The same with a transaction that was aborted: the next owner begins where it began, on clean tables."""
+    await transactor.open()
+    await commit(transactor, 0)
+    broker.inject("end", TopicError("the process dies"))
+    with pytest.raises(TopicError):
+        await commit(transactor, 1)
+    broker.give_up_markers(lambda place: place in places)
+    newer = Transactor(broker, SESSION, IN, OPTIONS, FakeClock())
+    assert await newer.open() == Committed(1, "map 0")
+    assert await broker.offsets([CHANGELOG], "end") == await broker.offsets([CHANGELOG], "high_watermark")
+    assert not await broker.pending(GROUP, [IN])
+    assert broker.values(CHANGELOG.topic) == [record(0).value]
+
+
+async def test_a_settling_that_fails(broker: FakeBroker, transactor: Transactor) -> None:
+    """What was left open is looked at again when ending it failed, whether or not that took effect."""
+    for number, took_effect in enumerate([False, True]):
+        broker.inject("settle", lost(), took_effect=took_effect, times=2)
+        broker.inject("end", lost(), took_effect=took_effect)
+        broker.give_up_markers(lambda place: place in {*OUT, GROUP})
+        if not number:
+            await transactor.open()
+        await commit(transactor, number)
+        exact(broker, number + 1)
+
+
+async def test_a_reset_is_no_marker_given_up(broker: FakeBroker, transactor: Transactor) -> None:
+    """An offset that was moved with Kafka's tool waits for nothing: it is believed, and nothing is ended."""
+    await transactor.open()
+    for number in range(3):
+        await commit(transactor, number)
+    broker.group_offsets[GROUP] = {IN: Committed(1)}
+    broker.calls.clear()
+    assert await transactor.open() == Committed(1)
+    assert broker.calls == ["start", "committed", *LOOKING]
+
+
 def test_every_step_is_tested() -> None:
     """A step that the fake learns to fail at is in the tables here, or belongs to somebody else."""
-    assert set(get_args(Step)) == {*STEPS, *SETTLING, "topics", "create", "look_up", "fetch", "position", "commit"}
+    assert set(get_args(Step)) == {*STEPS, *SETTLING, "settle", "topics", "create", "fetch", "position", "commit"}

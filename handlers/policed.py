@@ -1,0 +1,476 @@
+"""Stages with policies: what happens around each call of theirs, and when it is made again.
+
+A row's way through such a stage is a :class:`Trial`. ``Policed.begin`` settles what needs no call; each
+``Policed.step`` makes one call, or says what to wait for. A wait is a value (:class:`Pause`), not something that goes
+on inside: whoever runs the stage decides how to wait, so that a row which waits holds no slot, no thread and no task.
+
+Order of the policies around a call, from the outside in: condition, schema, cache; then for each attempt breaker,
+limits, budget, time-out, the handler; then fallback and ``on_error``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from decimal import Decimal
+from typing import Any, NamedTuple, Protocol, cast
+
+from ..state.context import sum_costs
+from ..state.errors import RowmillError
+from ..state.model import Row
+from .breaker import Permit
+from .budget import Price, Reservation, price_of
+from .cache import Answer, Before, StageCache
+from .calls import await_call, raise_if_cancelled, raise_if_ours
+from .context import NO_COST, RowContext
+from .errors import BreakerOpenError, HandlerTimeoutError, StopExecution
+from .limits import Place
+from .outcomes import Failure, Outcome, checked, failure_of
+from .recovery import recover_async
+from .retry import retry_after_of
+from .runtime import Runtime
+from .stage import Stage, fitting, is_for
+
+
+class Pause(NamedTuple):
+    """What a row waits for before its next step: time, something to happen, or whichever comes first."""
+
+    seconds: float | None
+    until: asyncio.Future[Any] | None = None
+
+    async def wait(self, runtime: Runtime) -> None:
+        """Wait here, for those that have nothing better to do."""
+        if self.until is None:
+            await runtime.clock.sleep(self.seconds or 0.0)
+            return
+        await asyncio.wait({self.until}, timeout=self.seconds)
+
+
+class Bill(NamedTuple):
+    """What a call cost."""
+
+    cost: Decimal
+    tokens: int
+
+
+def charge(context: RowContext, attempt: RowContext | None, price: Decimal) -> Bill:
+    """Put what an attempt cost on its row's account: what the handler reported, or else the price."""
+    if attempt is not None and attempt.has_reported:
+        context.pay(attempt)
+        return Bill(attempt.cost, attempt.tokens)
+    if price:
+        context.add_cost(price)
+    return Bill(price, 0)
+
+
+class Work(Protocol):
+    """What a trial is about: one row, or the rows of one batch."""
+
+    @property
+    def context(self) -> RowContext | None:
+        """The row's context; None for a batch."""
+        ...
+
+    @property
+    def rows(self) -> Sequence[Row]:
+        """The row, or rows."""
+        ...
+
+    def arguments(self) -> tuple[Any, ...]:
+        """What the handler is called with this time; effects of former calls are forgotten, but for their cost."""
+
+    def accept(self, result: Any) -> Outcome:
+        """Take the handler's result, and the effects of this call.
+
+        Raises:
+            MisfitError: it does not fit.
+            BadRowError: it does not fit the schema.
+        """
+        ...
+
+    def bill(self, prices: Sequence[Decimal]) -> Bill:
+        """Count what the last call cost, whatever became of it.
+
+        Args:
+            prices: the most it may have cost, by row: what it did cost where the handler does not say.
+        """
+        ...
+
+    async def recover(self, failure: Failure, runtime: Runtime) -> Outcome:
+        """What becomes of it now that it failed for good."""
+        ...
+
+
+class RowWork:
+    """One row."""
+
+    __slots__ = ("_attempt", "_context", "row", "stage")
+
+    def __init__(self, stage: Stage, row: Row, context: RowContext | None) -> None:
+        self.stage = stage
+        self.row = row
+        self._context = context
+        self._attempt: RowContext | None = None
+
+    @property
+    def context(self) -> RowContext | None:
+        """The row's."""
+        return self._context
+
+    @property
+    def rows(self) -> Sequence[Row]:
+        """The row."""
+        return (self.row,)
+
+    def arguments(self) -> tuple[Any, ...]:
+        """The row, and a context of this attempt's own."""
+        if not self.stage.takes_context or self._context is None:
+            return (self.row,)
+        self._attempt = self._context.fork()
+        return (self.row, self._attempt)
+
+    def accept(self, result: Any) -> Outcome:
+        """The result, checked."""
+        outcome = checked(self.stage, result)
+        if self.stage.output is not None:
+            outcome = fitting(self.stage.output, outcome)
+        if self._attempt is not None and self._context is not None:
+            self._context.adopt(self._attempt)
+        return outcome
+
+    def bill(self, prices: Sequence[Decimal]) -> Bill:
+        """The cost that the handler reported, or the price."""
+        attempt, self._attempt = self._attempt, None
+        context = self._context
+        if context is None:
+            return Bill(sum_costs(*prices), 0)
+        return charge(context, attempt, prices[0] if prices else NO_COST)
+
+    async def recover(self, failure: Failure, runtime: Runtime) -> Outcome:
+        """The fallback's row, or the failure."""
+        return await recover_async(self.stage, self.row, self._context, failure, runtime)
+
+
+class Hit(NamedTuple):
+    """An answer from the cache: no call is needed."""
+
+    outcome: Outcome
+
+
+class Trial:
+    """How far a row, or a batch, is in a stage."""
+
+    __slots__ = (
+        "answering",
+        "attempts",
+        "before",
+        "began",
+        "held",
+        "key",
+        "permit",
+        "place",
+        "prices",
+        "units",
+        "work",
+    )
+
+    def __init__(self, work: Work) -> None:
+        self.work = work
+        self.attempts = 0
+        self.began = 0.0
+        self.permit: Permit | None = None
+        self.place: Place | None = None
+        self.units = 0.0
+        self.prices: Sequence[Decimal] | None = None
+        self.held: Reservation | None = None
+        self.key: bytes | None = None
+        """Of the cache, where the row found no answer there and has to bring one: others may wait for it."""
+        self.answering: tuple[bytes, asyncio.Future[bytes | None]] | None = None
+        """The key, and what tells of the answer that another row brings."""
+        self.before: Before | None = None
+
+
+class Policed:
+    """One stage's policies at work in one worker.
+
+    Args:
+        stage: a stage whose ``is_policed`` holds.
+        runtime: the worker's.
+    """
+
+    def __init__(self, stage: Stage, runtime: Runtime) -> None:
+        self.stage = stage
+        self.runtime = runtime
+        self._clock = runtime.clock
+        self._counts = runtime.counts(stage)
+        self._breaker = runtime.breaker(stage)
+        self._limiter = runtime.limiter(stage)
+        self._cache = runtime.cache(stage)
+
+    def begin(self, row: Row, context: RowContext | None) -> Trial | Outcome:
+        """What a row meets before any call: a trial if the handler must be called, else what became of it already."""
+        stage = self.stage
+        try:
+            if not is_for(stage, row, context):
+                return row
+            if stage.input is not None:
+                row = stage.input.check(row)
+        except Exception as error:  # noqa: BLE001 - a user's condition or model may raise anything
+            return failure_of(stage, error)
+        trial = Trial(RowWork(stage, row, context))
+        if self._cache is None:
+            return trial
+        try:
+            hit = self._ask_cache(self._cache, trial, row, context)
+        except Exception as error:  # noqa: BLE001 - a user's function of inputs may raise anything
+            return failure_of(stage, error)
+        return trial if hit is None else hit.outcome
+
+    def look(self, trial: Trial) -> Pause | Hit | None:
+        """What is to be waited for before a slot is taken: the answer of another row with the same question.
+
+        None: it is this row's turn to call.
+        """
+        if trial.answering is None:
+            return None
+        key, coming = trial.answering
+        if not coming.done():
+            return Pause(None, coming)
+        trial.answering = None
+        cache, context = self._cache, trial.work.context
+        assert cache is not None  # noqa: S101 - it is what the row waited for
+        answer = cache.arrived(coming.result())
+        if answer is None:
+            trial.key, trial.before = key, Before(context)
+            return None
+        return self._hit(answer, key, context)
+
+    async def step(self, trial: Trial) -> Outcome | Pause:
+        """One more call, or what must be waited for before it. The caller holds one of the stage's slots.
+
+        Nothing that the handler does wrong is raised.
+        """
+        gate = self._admit(trial)
+        if gate is not None:
+            return gate if isinstance(gate, Pause) else await self._give_up(trial, gate)
+        counts, clock = self._counts, self._clock
+        started = clock.monotonic()
+        if not trial.attempts:
+            trial.began = started
+        trial.attempts += 1
+        counts.calls += 1
+        try:
+            result = await await_call(self.stage, trial.work.arguments(), self.runtime, self._time_left(trial, started))
+            raise_if_cancelled()
+            outcome = trial.work.accept(result)
+        except asyncio.CancelledError as error:
+            self._given_back(trial)
+            raise_if_ours()
+            return await self._failed(trial, error, clock.monotonic())
+        except (Exception, SystemExit) as error:  # noqa: BLE001 - a handler may raise anything
+            now = clock.monotonic()
+            counts.seconds += now - started
+            return await self._failed(trial, error, now)
+        counts.seconds += clock.monotonic() - started
+        if self._breaker is not None and trial.permit is not None:
+            self._breaker.succeeded(trial.permit)
+        self._settle(trial)
+        if trial.key is not None:
+            self._keep(trial, outcome)
+        return outcome
+
+    def abandon(self, trial: Trial) -> None:
+        """The row will not go on here."""
+        self._given_back(trial)
+        self._leave_cache(trial)
+        if trial.answering is not None and self._cache is not None:
+            self._cache.flights.abandon(*trial.answering)
+            trial.answering = None
+
+    # --- the cache ---------------------------------------------------------------------------------------------
+
+    def _ask_cache(self, cache: StageCache, trial: Trial, row: Row, context: RowContext | None) -> Hit | None:
+        key = cache.key(row)
+        if key is None:
+            return None
+        entered = cache.enter(key)
+        if isinstance(entered, Answer):
+            return self._hit(entered, key, context)
+        if entered is None:
+            trial.key, trial.before = key, Before(context)
+        else:
+            trial.answering = (key, entered)
+        return None
+
+    def _hit(self, answer: Answer, key: bytes, context: RowContext | None) -> Hit:
+        """An answer costs nothing, unless it is the very row that paid: its cost was never committed."""
+        self._counts.hits += 1
+        if context is not None and answer.paid_by(Before(context).origin) and context.charge_once(key):
+            context.add_cost(answer.cost, answer.tokens)
+        return Hit(answer.outcome)
+
+    def _keep(self, trial: Trial, outcome: Outcome) -> None:
+        """Store the answer at once: a process that dies before the commit has not paid for nothing."""
+        cache, key, before = self._cache, trial.key, trial.before
+        assert cache is not None  # noqa: S101 - the key is of it
+        assert key is not None  # noqa: S101
+        assert before is not None  # noqa: S101 - it came with the key
+        value = None
+        if before.has_effects:
+            cache.refuse("the handler emits, writes tables, or changes key, headers or timestamp")
+        else:
+            value = cache.keep(key, outcome, before.cost, before.tokens, before.origin)
+            if trial.work.context is not None:
+                trial.work.context.charge_once(key)
+        trial.key = None
+        cache.leave(key, value)
+
+    def _leave_cache(self, trial: Trial) -> None:
+        """There is no answer: let the next one who waits try."""
+        if trial.key is not None and self._cache is not None:
+            key, trial.key = trial.key, None
+            self._cache.leave(key, None)
+
+    # --- before a call -----------------------------------------------------------------------------------------
+
+    def _admit(self, trial: Trial) -> Pause | Failure | None:
+        """None if the call may begin now."""
+        breaker = self._breaker
+        if breaker is not None and (trial.permit is None or not breaker.holds(trial.permit)):
+            trial.permit = breaker.admit()
+            if trial.permit is None:
+                return self._at_open_breaker(trial)
+        gate = self._take_place(trial) if self._limiter is not None else None
+        if gate is None and self.stage.price is not None:
+            gate = self._reserve(trial, self.stage.price)
+        return gate
+
+    def _at_open_breaker(self, trial: Trial) -> Pause | Failure:
+        breaker = self._breaker
+        assert breaker is not None  # noqa: S101 - the caller just asked it
+        if breaker.spec.when_open == "wait":
+            return Pause(breaker.seconds_left or None, breaker.changed())
+        self._counts.refused += 1
+        name = breaker.spec.name or self.stage.name
+        error = BreakerOpenError(f"the circuit breaker {name!r} is open; probes in {breaker.seconds_left:.0f} s")
+        return failure_of(self.stage, error, trial.attempts)
+
+    def _take_place(self, trial: Trial) -> Pause | Failure | None:
+        limiter = self._limiter
+        assert limiter is not None  # noqa: S101 - the caller has looked
+        if trial.place is None:
+            try:
+                trial.units = sum(limiter.units_of(row) for row in trial.work.rows)
+            except Exception as error:  # noqa: BLE001 - the user's function may raise anything
+                return failure_of(self.stage, error, trial.attempts)
+            trial.place = limiter.take(trial.units)
+        wait = limiter.wait(trial.place)
+        return Pause(wait) if wait else None
+
+    def _reserve(self, trial: Trial, price: Price) -> Pause | Failure | None:
+        """Set aside what the call may cost; without money, wait for some."""
+        account = self.runtime.account
+        try:
+            if trial.prices is None:
+                trial.prices = [price_of(price, row) for row in trial.work.rows]
+            if account is None:
+                return None
+            trial.held = account.try_reserve(sum_costs(*trial.prices))
+        except RowmillError as error:
+            return failure_of(self.stage, error, trial.attempts)
+        return None if trial.held is not None else Pause(None, cast("asyncio.Future[None]", account.changed()))
+
+    def _time_left(self, trial: Trial, now: float) -> float | None:
+        """How long this call may take."""
+        limit, retry = self.stage.timeout, self.stage.retry
+        if retry is None or retry.deadline is None:
+            return limit
+        left = max(0.001, trial.began + retry.deadline - now)
+        return left if limit is None else min(limit, left)
+
+    # --- after a call ------------------------------------------------------------------------------------------
+
+    def _settle(self, trial: Trial) -> None:
+        """A call is over: count what it cost, and take what it really used."""
+        bill = trial.work.bill(trial.prices or ())
+        if self._limiter is not None:
+            if bill.tokens:
+                self._limiter.settle(trial.units, bill.tokens)
+            trial.place = None
+        if trial.held is not None and self.runtime.account is not None:
+            self.runtime.account.settle(trial.held, bill.cost)
+            trial.held = None
+        if bill.cost or bill.tokens:
+            self.runtime.costs.add(self.stage.name, bill.cost, tokens_out=bill.tokens)
+        trial.permit = None
+
+    async def _failed(self, trial: Trial, error: BaseException, now: float) -> Outcome | Pause:
+        if isinstance(error, HandlerTimeoutError):
+            self._counts.timeouts += 1
+        if self._breaker is not None and trial.permit is not None:
+            if isinstance(error, StopExecution):
+                self._breaker.given_back(trial.permit)
+            else:
+                self._breaker.failed(trial.permit, error)
+        self._settle(trial)
+        if isinstance(error, StopExecution):
+            self._leave_cache(trial)
+            return await trial.work.recover(failure_of(self.stage, error, trial.attempts), self.runtime)
+        if self._limiter is not None:
+            asked = retry_after_of(error, self._clock.now_ms())
+            if asked:
+                self._limiter.hold(asked)
+        try:
+            pause = self._pause_after(trial, error, now)
+        except Exception as second:  # noqa: BLE001 - the user's function may raise anything
+            error, pause = second, None
+        if pause is not None:
+            self._counts.retries += 1
+            return Pause(pause)
+        return await self._give_up(trial, failure_of(self.stage, error, trial.attempts))
+
+    def _pause_after(self, trial: Trial, error: BaseException, now: float) -> float | None:
+        retry = self.stage.retry
+        if retry is None or not isinstance(error, Exception):
+            return None
+        return retry.pause_after(error, trial.attempts, now - trial.began, self._clock)
+
+    async def _give_up(self, trial: Trial, failure: Failure) -> Outcome:
+        self._counts.failures += 1
+        self._leave_cache(trial)
+        outcome = await trial.work.recover(failure, self.runtime)
+        if not isinstance(outcome, Failure):
+            self._counts.defaulted += 1
+        return outcome
+
+    def _given_back(self, trial: Trial) -> None:
+        if self._breaker is not None and trial.permit is not None:
+            self._breaker.given_back(trial.permit)
+        trial.permit = None
+        if (
+            trial.held is not None and self.runtime.account is not None
+        ):  # it may have been paid for: unknown is not free
+            self.runtime.account.settle(trial.held, trial.held.amount)
+            trial.held = None
+
+
+async def persist(policed: Policed, trial: Trial) -> Outcome:
+    """Run a trial to its end, waiting here; a slot of the stage is held only during calls."""
+    runtime, slots = policed.runtime, policed.runtime.slots(policed.stage)
+    try:
+        while True:
+            outcome: Outcome | Pause
+            seen = policed.look(trial)
+            if isinstance(seen, Hit):
+                return seen.outcome
+            if seen is None:
+                async with slots:
+                    outcome = await policed.step(trial)
+            else:
+                outcome = seen
+            if not isinstance(outcome, Pause):
+                return outcome
+            await outcome.wait(runtime)
+    except BaseException:
+        policed.abandon(trial)
+        raise
