@@ -24,6 +24,79 @@ async def await_call(stage: Stage, arguments: tuple[Any, ...], runtime: Runtime,
     return await call_with_limit(stage.call, arguments, timeout)
 
 
+class TimeLimit:
+    """A limit for the calls of one async handler, many at once, each with its own seconds. Belongs to one event loop.
+
+    It does for each call what ``asyncio.timeout`` does. That sets a timer per call, which cost more than the rest of a
+    row's way through a stage with policies: the loop sorts timers, and keeps those that were called off for long. Calls
+    of one limit run out in the order in which they began, so that one timer, set for the oldest, serves them all.
+
+    Args:
+        seconds: that a call may take.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+        self._running: dict[_TimedCall, None] = {}  # the oldest first
+        self._timer: asyncio.TimerHandle | None = None
+
+    async def call(self, call: Handler, arguments: tuple[Any, ...]) -> Any:
+        """As :func:`call_with_limit`."""
+        loop, task = asyncio.get_running_loop(), asyncio.current_task()
+        assert task is not None  # noqa: S101 - something runs this
+        running = _TimedCall(task, loop.time() + self._seconds)
+        self._running[running] = None
+        if self._timer is None:  # it is never called off: it looks what is there when it rings
+            self._timer = loop.call_at(running.ends, self._ring)
+        try:
+            return await call(*arguments)
+        except asyncio.CancelledError:
+            if running.is_over and not running.is_cancelled_by_others():
+                raise self._error() from None
+            raise
+        except TimeoutError:  # what a handler may make of its cancellation
+            if running.is_over:
+                raise self._error() from None
+            raise
+        finally:
+            if running.is_over:
+                task.uncancel()
+            else:
+                del self._running[running]
+
+    def _ring(self) -> None:
+        """Cancel the calls whose seconds are over; then wait for the next one's end."""
+        self._timer = None
+        loop = asyncio.get_running_loop()
+        while self._running:
+            oldest = next(iter(self._running))
+            if oldest.ends > loop.time():
+                self._timer = loop.call_at(oldest.ends, self._ring)
+                return
+            del self._running[oldest]
+            oldest.is_over = True
+            oldest.task.cancel()
+
+    def _error(self) -> HandlerTimeoutError:
+        return HandlerTimeoutError(f"no result within {self._seconds:g} s")
+
+
+class _TimedCall:
+    """A call that runs under a time limit."""
+
+    __slots__ = ("_cancelling", "ends", "is_over", "task")
+
+    def __init__(self, task: asyncio.Task[Any], ends: float) -> None:
+        self.task = task
+        self.ends = ends
+        self.is_over = False
+        self._cancelling = task.cancelling()
+
+    def is_cancelled_by_others(self) -> bool:
+        """Whether somebody besides the limit has cancelled the task since the call began."""
+        return self.task.cancelling() > self._cancelling + 1
+
+
 async def call_with_limit(call: Handler, arguments: tuple[Any, ...], timeout: float | None) -> Any:
     """An async handler's result, within so many seconds.
 

@@ -7,8 +7,9 @@ row by row without a task, lock or allocation between them; that loop, ``_run_pl
 from __future__ import annotations
 
 import asyncio
+from bisect import bisect_right
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from decimal import Decimal
 from itertools import zip_longest
 from typing import Any, cast
@@ -205,6 +206,7 @@ async def run_lots(stage: Stage, rows: list[Outcome], contexts: Sequence[RowCont
 async def _run_lot(lot: _Lot, stage: Stage, runtime: Runtime) -> None:
     try:
         lot.accept(await await_call(stage, lot.arguments(), runtime, stage.timeout))
+        lot.bill(())
         raise_if_cancelled()
     except asyncio.CancelledError as error:
         raise_if_ours()
@@ -256,14 +258,16 @@ class _Lot:
         self._places = rows
         self._contexts = contexts
         self._origins: list[int] = []
+        self._parts_of: list[int] = []  # which part of its row each is
         self._inputs: list[Row] = []
         self._attempts: list[RowContext] = []
 
     def __len__(self) -> int:
         return len(self._inputs)
 
-    def add(self, origin: int, row: Row) -> None:
+    def add(self, origin: int, part: int, row: Row) -> None:
         self._origins.append(origin)
+        self._parts_of.append(part)
         self._inputs.append(row)
 
     @property
@@ -294,7 +298,7 @@ class _Lot:
         if not takes_context or contexts is None:
             return (many,)
         given = [contexts[origin] for origin in self._origins]
-        if stage.is_policed:
+        if stage.is_policed or stage.recovers:  # what a call does that fails is undone
             given = self._attempts = [context.fork() for context in given]
         return (many, given)
 
@@ -302,14 +306,16 @@ class _Lot:
         """Call the handler here and now, and give each row its part."""
         try:
             self.accept(self._stage.call(*self.arguments()))
+            self.bill(())
         except RAISED as error:
             self.fail(error)
 
     def fail(self, error: BaseException) -> None:
         """The call failed: so did every row in it, as far as none has a fallback."""
+        self.bill(())
         failure = failure_of(self._stage, error)
-        for origin, row in zip(self._origins, self._inputs, strict=True):
-            self._merge(origin, recover(self._stage, row, self._context(origin), failure))
+        for place, (origin, row) in enumerate(zip(self._origins, self._inputs, strict=True)):
+            self._merge(place, recover(self._stage, row, self._context(origin), failure))
 
     def accept(self, result: Any) -> Outcome:
         """Give each row its part of the result.
@@ -318,8 +324,8 @@ class _Lot:
             MisfitError: the result does not fit the rows; none of them got a part.
         """
         parts = self._parts(result)
-        for origin, row, part in zip(self._origins, self._inputs, parts, strict=True):
-            self._merge(origin, self._fitting(origin, row, part))
+        for place, (origin, row, part) in enumerate(zip(self._origins, self._inputs, parts, strict=True)):
+            self._merge(place, self._fitting(origin, row, part))
         for origin, attempt_context in zip(self._origins, self._attempts, strict=False):
             context = self._context(origin)
             if context is not None:
@@ -342,7 +348,7 @@ class _Lot:
 
     def settle_with(self, outcome: Outcome) -> None:
         """What became of the row of a lot of one."""
-        self._merge(self._origins[0], outcome)
+        self._merge(0, outcome)
 
     def bill(self, prices: Sequence[Decimal]) -> Bill:
         """What the last call cost, each row its own share."""
@@ -360,8 +366,8 @@ class _Lot:
             await recover_async(self._stage, row, self._context(origin), failure, runtime)
             for origin, row in zip(self._origins, self._inputs, strict=True)
         ]
-        for origin, outcome in zip(self._origins, outcomes, strict=True):
-            self._merge(origin, outcome)
+        for place, outcome in enumerate(outcomes):
+            self._merge(place, outcome)
         return failure if all(isinstance(outcome, Failure) for outcome in outcomes) else None
 
     def _parts(self, result: Any) -> list[Any]:
@@ -379,24 +385,30 @@ class _Lot:
             )
         return [checked(stage, part) for part in result]
 
-    def _merge(self, origin: int, part: Outcome) -> None:
+    def _merge(self, place: int, part: Outcome) -> None:
+        origin = self._origins[place]
         present = self._places[origin]
         if isinstance(present, Failure):
             return
         if isinstance(present, _Several) and not isinstance(part, Failure):
-            present.take(part)
+            present.take(self._parts_of[place], part)
         else:
             self._places[origin] = part
 
 
 class _Several(list[Row]):
-    """Collects what becomes of the rows that one row was split into, while a later stage runs."""
+    """Collects what becomes of the rows that one row was split into, while a later stage runs; in their order."""
 
-    def take(self, part: Outcome) -> None:
-        if isinstance(part, list):
-            self.extend(part)
-        elif isinstance(part, dict):
-            self.append(part)
+    def __init__(self) -> None:
+        super().__init__()
+        self._parts: list[int] = []  # which part each came of
+
+    def take(self, part: int, outcome: Outcome) -> None:
+        """What became of one part. Those that a stage is not for come before others that must wait for their call."""
+        rows = outcome if isinstance(outcome, list) else [outcome] if isinstance(outcome, dict) else []
+        place = bisect_right(self._parts, part)
+        self[place:place] = rows
+        self._parts[place:place] = [part] * len(rows)
 
 
 def _lots(stage: Stage, rows: list[Outcome], contexts: Sequence[RowContext] | None) -> list[_Lot]:
@@ -409,28 +421,32 @@ def _lots(stage: Stage, rows: list[Outcome], contexts: Sequence[RowContext] | No
         parts = [value] if isinstance(value, dict) else value
         if isinstance(value, list):
             rows[i] = _Several()
-        for row in parts if stage.batch is None else _for_batch(stage, rows, i, parts, contexts):
+        wanted = enumerate(parts) if stage.batch is None else _for_batch(stage, rows, i, parts, contexts)
+        for part, row in wanted:
             if len(lots[-1]) >= size:
                 lots.append(_Lot(stage, rows, contexts))
-            lots[-1].add(i, row)
+            lots[-1].add(i, part, row)
     return [lot for lot in lots if len(lot)]
 
 
 def _for_batch(
     stage: Stage, rows: list[Outcome], place: int, parts: Sequence[Row], contexts: Sequence[RowContext] | None
-) -> list[Row]:
-    """Those parts of a row that a batch stage is for; the others are past it already."""
+) -> Iterable[tuple[int, Row]]:
+    """Those parts of a row that a batch stage is for, with their numbers; the others are past it already."""
     if stage.when is None and stage.input is None:
-        return list(parts)
-    wanted: list[Row] = []
-    context = contexts[place] if contexts else None
-    for row in parts:
+        return enumerate(parts)
+    wanted: list[tuple[int, Row]] = []
+    context, present = contexts[place] if contexts else None, rows[place]
+    for part, row in enumerate(parts):
         try:
             if is_for(stage, row, context):
-                wanted.append(row if stage.input is None else stage.input.check(row))
-            elif isinstance(rows[place], _Several):
-                rows[place].take(row)  # type: ignore[union-attr]
+                wanted.append((part, row if stage.input is None else stage.input.check(row)))
+            elif isinstance(present, _Several):
+                present.take(part, row)
         except Exception as error:  # noqa: BLE001 - a user's condition or model may raise anything
-            rows[place] = recover(stage, row, context, failure_of(stage, error))
-            return []
+            outcome = recover(stage, row, context, failure_of(stage, error))
+            if isinstance(outcome, Failure) or not isinstance(present, _Several):
+                rows[place] = outcome
+                return []
+            present.take(part, outcome)
     return wanted

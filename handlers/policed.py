@@ -11,7 +11,7 @@ limits, budget, time-out, the handler; then fallback and ``on_error``.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Awaitable, Sequence
 from decimal import Decimal
 from typing import Any, NamedTuple, Protocol, cast
 
@@ -21,7 +21,7 @@ from ..state.model import Row
 from .breaker import Permit
 from .budget import Price, Reservation, price_of
 from .cache import Answer, Before, StageCache
-from .calls import await_call, raise_if_cancelled, raise_if_ours
+from .calls import TimeLimit, await_call, raise_if_cancelled, raise_if_ours
 from .context import NO_COST, RowContext
 from .errors import BreakerOpenError, HandlerTimeoutError, StopExecution
 from .limits import Place
@@ -206,6 +206,10 @@ class Policed:
         self._breaker = runtime.breaker(stage)
         self._limiter = runtime.limiter(stage)
         self._cache = runtime.cache(stage)
+        has_deadline = stage.retry is not None and stage.retry.deadline is not None
+        # Async calls that have the same time every time, or any: nothing need be found out before each.
+        self._is_simple = stage.is_async and not has_deadline
+        self._time_limit = TimeLimit(stage.timeout) if self._is_simple and stage.timeout is not None else None
 
     def begin(self, row: Row, context: RowContext | None) -> Trial | Outcome:
         """What a row meets before any call: a trial if the handler must be called, else what became of it already."""
@@ -260,7 +264,7 @@ class Policed:
         trial.attempts += 1
         counts.calls += 1
         try:
-            result = await await_call(self.stage, trial.work.arguments(), self.runtime, self._time_left(trial, started))
+            result = await self._call(trial, started)
             raise_if_cancelled()
             outcome = trial.work.accept(result)
         except asyncio.CancelledError as error:
@@ -278,6 +282,15 @@ class Policed:
         if trial.key is not None:
             self._keep(trial, outcome)
         return outcome
+
+    def _call(self, trial: Trial, now: float) -> Awaitable[Any]:
+        """The call, to be awaited. Not async itself: a coroutine more would be to be made for every row."""
+        stage, arguments = self.stage, trial.work.arguments()
+        if not self._is_simple:
+            return await_call(stage, arguments, self.runtime, self._time_left(trial, now))
+        if self._time_limit is not None:
+            return self._time_limit.call(stage.call, arguments)
+        return cast("Awaitable[Any]", stage.call(*arguments))
 
     def abandon(self, trial: Trial) -> None:
         """The row will not go on here."""

@@ -240,9 +240,11 @@ def _with_context(function: Handler | None, name: str) -> Handler | None:
 
 
 def _guarded(stage: Stage) -> Stage:
-    """Put condition and schemas around the call, where neither a policy nor a batch looks at them."""
+    """Put condition, schemas and the undoing of effects around the call, where no policy or batch looks at them."""
     if stage.is_policed or stage.batch is not None:
         return stage
+    if stage.recovers and stage.takes_context:
+        stage = replace(stage, call=_undoing(stage.call))
     if stage.when is None and stage.input is None and stage.output is None:
         return stage
     bare, wants_context, check_input, check_output = stage.call, stage.takes_context, stage.input, stage.output
@@ -256,6 +258,21 @@ def _guarded(stage: Stage) -> Stage:
         return result if check_output is None else fitting(check_output, result)
 
     return replace(stage, call=call, takes_context=True)
+
+
+def _undoing(call: Handler) -> Handler:
+    """A call whose effects are gone when it fails, for the row goes on without it; what it cost is not."""
+
+    def undone(row: Row, context: Any) -> Any:
+        attempt = context.fork()
+        try:
+            result = call(row, attempt)
+            context.adopt(attempt)
+        finally:
+            context.pay(attempt)
+        return result
+
+    return undone
 
 
 def is_for(stage: Stage, row: Row, context: Any) -> bool:

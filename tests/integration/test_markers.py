@@ -23,7 +23,7 @@ from rowmill.streams.errors import BrokerError
 from rowmill.streams.options import WorkerOptions
 from rowmill.streams.restore import last_checkpoint
 from rowmill.streams.session import Session
-from rowmill.streams.transaction import Transactor
+from rowmill.streams.transaction import CheckpointMovedError, Transactor
 from support.kafka_server import KafkaServer
 
 pytestmark = [pytest.mark.timeout(180)]
@@ -86,10 +86,10 @@ class Lane:
         assert isinstance(producer, KafkaTransactionalProducer)
         manager = producer._client._txn_manager
         begin = producer.begin
+        silent = {"sink": self.sinks[1], "changelog": self.changelog}
 
         async def leaving_out() -> None:
             await begin()
-            silent = {"sink": self.sinks[1], "changelog": self.changelog}
             manager._txn_partitions |= {aiokafka.TopicPartition(*silent[place]) for place in places if place in silent}
             if "offset" in places:
                 manager._txn_consumer_group = self.session.group
@@ -188,6 +188,71 @@ async def the_process_dies(lane: Lane, places: Collection[str]) -> None:
     assert await lane.transactor.open() == Committed(2, "map 1")
     await lane.commit(2)
     await lane.check(3)
+
+
+async def it_goes_with_the_next_one(lane: Lane) -> None:
+    """A commit that is confirmed gets no marker where the next one writes, and that one is aborted."""
+    await lane.open()
+    await lane.commit(0)
+    await lane.check(1)
+    lane.leave_out(PLACES)
+    # The one partition that gets its marker is not written to, or the commit would be lost in part only.
+    sinks, lane.sinks = lane.sinks, lane.sinks[1:]
+    producer: Any = lane.transactor._producer
+    begin = producer.begin
+
+    async def beginning() -> None:
+        await begin()
+        producer._client._txn_manager.maybe_add_partition_to_txn(aiokafka.TopicPartition(*sinks[0]))
+
+    producer.begin = beginning
+    await lane.commit(1)
+    producer.begin = KafkaTransactionalProducer.begin.__get__(producer)
+    lane.lose_answer(took_effect=False)
+    with pytest.raises(CheckpointMovedError, match="was lost"):
+        await lane.commit(2)
+    lane.sinks = sinks
+    assert await lane.transactor.open() == Committed(1, "map 0")
+    await lane.commit(1)
+    await lane.commit(2)
+    await lane.check(3)
+
+
+async def test_a_commit_that_goes_with_the_next_one(broker: Broker) -> None:
+    """What was confirmed, left open and then aborted with the next transaction is taken back and made again."""
+    lane = Lane(broker, "lane")
+    try:
+        await it_goes_with_the_next_one(lane)
+    finally:
+        await lane.transactor.close()
+
+
+async def test_nothing_of_a_closed_producer_goes_on(kafka_server: Callable[..., KafkaServer]) -> None:
+    """A producer that is closed while its broker is away leaves no task that would go on when it comes back.
+
+    One that looked for its coordinator for some seconds more added its partitions to a transaction when the broker was
+    there again, and the next producer's start aborted it, with the commit before it, whose markers had been given up.
+    """
+    server = await asyncio.to_thread(kafka_server)
+    broker = open_broker(f"kafka://{server.bootstrap}", environment={})
+    await broker.start()
+    try:
+        await broker.create_topics([TopicSpec("out", 1)])
+        producer = broker.transactional_producer("id")
+        await producer.start()
+        await producer.begin()
+        await (await producer.send(TopicPartition("out", 0), [Outgoing(None, b"x", 0)]))
+        await asyncio.to_thread(server.kill)
+        committing = asyncio.create_task(producer.commit_offsets("group", {TopicPartition("out", 0): Committed(1)}))
+        await asyncio.sleep(1)  # by now it looks for a coordinator, again and again
+        committing.cancel()
+        closing = asyncio.create_task(producer.close())
+        await asyncio.sleep(1)
+        left = [task.get_coro().__qualname__ for task in asyncio.all_tasks()]  # type: ignore[union-attr]
+        assert not [name for name in left if name.startswith("Sender.")], left
+        await closing
+    finally:
+        await broker.close()
 
 
 async def test_markers_are_given_up(broker: Broker) -> None:

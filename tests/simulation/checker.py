@@ -285,7 +285,9 @@ class Checker:
         wanted = {
             "rows": len(mine),
             "results": sum(len(e.results) + e.forwarded for e in mine),
-            "dropped": sum(e.dead is None and not e.results and not e.forwarded for e in mine),
+            "dropped": sum(not (e.dead or e.results or e.forwarded or e.skipped) for e in mine),
+            "skipped": sum(e.skipped for e in mine),
+            "defaulted": sum(e.defaulted for e in mine),
             "dead_letters": sum(e.dead is not None for e in mine),
             "emitted": sum(len(e.emitted) for e in mine),
         }
@@ -300,7 +302,8 @@ class Checker:
         if not first.context or first.timed or raw is None:
             return
         ran = [row.n for row in self._workload.rows if row.partition == partition and row.bad is None]
-        costs = [self._workload.cost(n) for n in ran if n != self._workload.deadly]
+        reached = [n for n in ran if n != self._workload.deadly and self._workload.is_for(first, {"n": n, "part": 0})]
+        costs = [self._workload.cost(n) for n in reached]
         wanted = (sum((money for money, _ in costs), Decimal(0)), sum(tokens for _, tokens in costs))
         context = json.loads(raw)["context"]
         found = (Decimal(context["accumulated_cost"]), context["accumulated_tokens"])

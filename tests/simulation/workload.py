@@ -12,9 +12,10 @@ import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from decimal import Decimal
+from functools import partial
 from typing import Any, Literal, NamedTuple, TypeAlias
 
-from rowmill import Pipeline
+from rowmill import Pipeline, Retry
 from rowmill.state.model import TopicPartition
 
 SOURCE, SINK, SIDE, NAME = "in", "out", "side", "p"
@@ -29,6 +30,10 @@ _TIMEOUT, _OVERRUN = 30.0, 45.0
 
 class Boom(Exception):  # noqa: N818 - a handler's own error
     """What handlers fail rows with."""
+
+
+class Flaky(Exception):  # noqa: N818
+    """What handlers raise that succeed when they are called again."""
 
 
 def mix(*numbers: int) -> int:
@@ -76,6 +81,12 @@ class StageSpec:
     """Whether it counts in a table."""
     rewrites: bool
     """Whether it reads the entry of the row's key, and writes it back changed."""
+    flaky: int
+    """In per cent of the rows the first calls fail; they are made again."""
+    passes: int
+    """So many per cent of the rows it is not for."""
+    ends: Literal["dead_letter", "skip", "default"]
+    """What becomes of rows that it fails."""
 
     @property
     def name(self) -> str:
@@ -90,6 +101,8 @@ class Expected(NamedTuple):
     dead: tuple[str, str] | None
     """Stage and type of its dead letter."""
     forwarded: bool = False
+    skipped: bool = False
+    defaulted: bool = False
 
 
 @dataclass
@@ -199,8 +212,20 @@ class Workload:
                 options["concurrency"] = spec.concurrency
             if spec.timed:
                 options["timeout"] = _TIMEOUT
+            if spec.flaky:
+                options["retry"] = Retry(attempts=4, first=0.2, on=Flaky)
+            if spec.passes:
+                options["when"] = partial(self.is_for, spec)
+            if spec.ends == "skip":
+                options["on_error"] = "skip"
+            elif spec.ends == "default":
+                options["fallback"] = {spec.name: "default"}
             pipeline.add(self._handler(spec, hooks), name=spec.name, **options)
         return pipeline
+
+    def is_for(self, spec: StageSpec, row: dict[str, Any]) -> bool:
+        """Whether a row does not go past a stage; the one that kills its process meets the first."""
+        return row["n"] == self.deadly or mix(self.seed, 10, row["n"], spec.index, row["part"]) % 100 >= spec.passes
 
     def _handler(self, spec: StageSpec, hooks: Hooks) -> Callable[..., Any]:
         """A function of the signature that the stage's kind wants."""
@@ -237,7 +262,7 @@ class Workload:
         for row in self.in_order():
             table = dict(tables[row.partition])
             rows[row.n] = self._expected(row, table)
-            if rows[row.n].dead is None:
+            if rows[row.n].dead is None and not rows[row.n].skipped:
                 tables[row.partition] = table
         return Oracle(rows, tables)
 
@@ -255,19 +280,31 @@ class Workload:
             return Expected([], [], ("process", "process_died"))
         parts: list[dict[str, Any]] = [json.loads(row.value or b"")]
         emitted: list[dict[str, Any]] = []
+        defaulted = False
         for spec in self.stages:
             through: list[dict[str, Any]] = []
             for part in parts:
-                if spec.timed and self._overruns(spec, row.n):
-                    return Expected([], [], (spec.name, "HandlerTimeoutError"))
-                if spec.context:
-                    emitted += self.emits(spec, part)
-                try:
+                if not self.is_for(spec, part):
+                    through.append(part)
+                    continue
+                failed = self._fails(spec, part)
+                if failed is None:
+                    emitted += self.emits(spec, part) if spec.context else []
                     through += self.outcome(spec, part, self._touch(spec, part, row.key, table))
-                except Boom:
-                    return Expected([], [], (spec.name, "Boom"))
+                elif spec.ends == "default":
+                    through.append({**part, spec.name: "default"})
+                    defaulted = True
+                else:
+                    skipped = spec.ends == "skip"
+                    return Expected([], [], None if skipped else (spec.name, failed), skipped=skipped)
             parts = through
-        return Expected(parts, emitted, None)
+        return Expected(parts, emitted, None, defaulted=defaulted and bool(parts))
+
+    def _fails(self, spec: StageSpec, part: dict[str, Any]) -> str | None:
+        """The error with which a stage fails a row for good, if it does."""
+        if spec.timed and self._overruns(spec, part["n"]):
+            return "HandlerTimeoutError"
+        return "Boom" if mix(self.seed, 1, part["n"], spec.index) % 100 < spec.fails else None
 
     def _touch(self, spec: StageSpec, part: dict[str, Any], key: bytes | None, table: dict[str, int]) -> int | None:
         """What a stage does to the table; what it sees there."""
@@ -340,6 +377,7 @@ class _Handler:
         self._workload = workload
         self._spec = spec
         self._hooks = hooks
+        self._flakes: dict[tuple[int, int], int] = {}
 
     def one(self, row: dict[str, Any], ctx: Any = None) -> Any:
         self._hooks.busy(self._begin(row))
@@ -376,6 +414,8 @@ class _Handler:
     def _act(self, row: dict[str, Any], ctx: Any, seen: int | None) -> Any:
         """Everything besides the time it takes."""
         spec, workload = self._spec, self._workload
+        if spec.flaky:
+            self._flake(row, ctx)
         if spec.index == 0 and ctx is not None:
             ctx.add_cost(*workload.cost(row["n"]))
         for emitted in workload.emits(spec, row) if ctx is not None else ():
@@ -390,6 +430,20 @@ class _Handler:
                 ctx.table(TABLE).put(f"key/{ctx.key}", rewritten)
         parts = workload.outcome(spec, row, seen)
         return parts[0] if len(parts) == 1 else parts or None
+
+    def _flake(self, row: dict[str, Any], ctx: Any) -> None:
+        """Fail as often as the row's lot says, and leave something behind that must not be seen."""
+        place, lot = (row["n"], row["part"]), mix(self._workload.seed, 11, row["n"], self._spec.index, row["part"])
+        failed = self._flakes.get(place, 0)
+        if lot % 100 < self._spec.flaky and failed < 1 + lot % 3:
+            self._flakes[place] = failed + 1
+            if ctx is not None:
+                ctx.emit(SIDE, {"never": "seen"}, key=ctx.key)
+                ctx.key = "never"
+                if self._spec.adds:
+                    ctx.table(TABLE).add("never", 1)
+            raise Flaky(f"try {row['n']} again")
+        self._flakes.pop(place, None)
 
 
 def _without_context(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -419,6 +473,9 @@ def _stage(chance: random.Random, index: int, kinds: tuple[Kind, ...], may_time_
         overruns=3 if timed else 0,
         adds=False,
         rewrites=False,
+        flaky=chance.choice([0, 0, 10, 50]) if kind in {"blocking", "async"} and not timed else 0,
+        passes=chance.choice([0, 0, 0, 30]),
+        ends=chance.choice(["dead_letter", "dead_letter", "skip", "default"]),
     )
 
 

@@ -1,0 +1,201 @@
+"""A real HTTP client before a service that misbehaves: what became of every row, and what the service saw."""
+
+from __future__ import annotations
+
+import asyncio
+import runpy
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import aiohttp
+import pytest
+from rowmill import CircuitBreaker, Pipeline, RateLimit, Retry, WorkerOptions, publish
+from rowmill.handlers.runtime import Event
+from support.flaky_server import Call, FlakyServer, most_within
+from support.paid_pipelines import ask
+
+from .test_policies import context_of, rows_of
+from .test_worker import running, until
+
+pytestmark = pytest.mark.timeout(120)
+
+ROWS = 5_000
+RATE, BURST = 700, 20
+ATTEMPTS = 10
+TIMEOUT = 0.5
+LAG = 0.1
+"""Seconds that may pass on the way between the two, on a machine that does other things as well."""
+
+
+# --- what the service does, and what must become of the rows ----------------------------------------------------
+
+
+def fate(row: int) -> str:
+    """What the pipeline must make of a row."""
+    kind = row % 100
+    if kind == 50:
+        return "dropped"
+    if kind == 51:
+        return "skipped"
+    if row % 200 in {7, 8}:
+        return "dead"
+    return "defaulted" if kind == 9 else "result"
+
+
+class Moods:
+    """A plan: bad rows are answered badly for ever, others now and then; three times everybody is told to slow down,
+    and once the service is down for a while.
+    """
+
+    def __init__(self) -> None:
+        self.calls = 0
+        self.down_at = float("inf")
+
+    def __call__(self, row: int, number: int) -> str:
+        self.calls += 1
+        if row % 200 == 7:
+            return "400"  # never cured: one call
+        if self.calls in {1_000, 2_500, 4_000}:
+            return "429"
+        if self.calls == 3_000:
+            self.down_at = time.monotonic()
+        if row % 200 == 8 or 0 <= time.monotonic() - self.down_at < 1.2:
+            return "500"
+        if number > 3:
+            return "ok"
+        answers = ["500", "hang", "reset", "garbage"] + ["ok"] * 36
+        return Random(f"{row}/{number}").choice(answers)
+
+
+def flaky_pipeline(name: str, url: str) -> Pipeline:
+    """Every policy that a stage before such a service wants."""
+    pipeline = Pipeline(name, source=name, sink=f"{name}.out")
+
+    @pipeline.stage
+    def choose(row: dict[str, Any]) -> dict[str, Any] | None:
+        return None if fate(row["n"]) == "dropped" else row
+
+    @pipeline.stage(
+        concurrency=64,
+        timeout=TIMEOUT,
+        retry=Retry(ATTEMPTS, first=0.05, cap=0.2),
+        breaker=CircuitBreaker(failures=12, open_for=0.5, probes=2),
+        limit=RateLimit(per_second=RATE, burst=BURST),
+    )
+    async def enrich(row: dict[str, Any], ctx: Any) -> dict[str, Any]:
+        return await ask(url, row, ctx)
+
+    @pipeline.stage(on_error="skip")
+    def check(row: dict[str, Any]) -> dict[str, Any]:
+        if fate(row["n"]) == "skipped":
+            raise ValueError("not wanted")
+        return row
+
+    @pipeline.stage(fallback={"answer": None})
+    def refine(row: dict[str, Any]) -> dict[str, Any]:
+        if fate(row["n"]) == "defaulted":
+            raise ValueError("nothing to refine")
+        return row
+
+    return pipeline
+
+
+Changes = list[tuple[float, str]]
+
+
+def listen(changes: Changes) -> Callable[[Event], None]:
+    """Note when the breaker changed, and to what."""
+
+    def hear(event: Event) -> None:
+        if event.kind.startswith("breaker_"):
+            changes.append((time.monotonic(), event.kind.removeprefix("breaker_")))
+
+    return hear
+
+
+# --- what the service's log must show ---------------------------------------------------------------------------
+
+
+def check_pace(calls: list[Call], rate: float, burst: float) -> None:
+    """No second with more calls than the limit allows; on their way they may come a little closer together."""
+    assert most_within(call.begun for call in calls) <= rate * (1 + LAG / 2) + burst + 1
+    assert most_within(call.came for call in calls) <= rate * (1 + LAG) + burst + 1
+
+
+def check_retry_after(calls: list[Call], seconds: float) -> int:
+    """Who is told to wait lets nothing begin for as long; returns how often that was."""
+    told = [call for call in calls if call.answer == "429"]
+    for slow_down in told:
+        early = [c for c in calls if slow_down.answered + LAG < c.begun < slow_down.answered + seconds]
+        assert not early, f"{len(early)} calls began within {seconds} s of the request to wait"
+    return len(told)
+
+
+def check_breaker(calls: list[Call], changes: Changes, open_for: float, probes: int) -> int:
+    """An open breaker lets nothing begin, a half open one its probes; returns how often it opened."""
+    opened = [at for at, state in changes if state == "open"]
+    for at in opened:
+        assert not [c for c in calls if at < c.begun < at + open_for - 0.001]
+    for (at, state), (end, _) in zip(changes, changes[1:], strict=False):
+        if state == "half_open":
+            begun = [c for c in calls if at <= c.begun < end]
+            running_at_once = [sum(o.begun <= c.begun < min(o.answered, o.gone) for o in begun) for c in begun]
+            assert max(running_at_once, default=0) <= probes
+    return len(opened)
+
+
+def check_hangs(calls: list[Call], timeout: float) -> int:
+    """Whoever gets no answer hangs up in time; returns how many did."""
+    hung = [call for call in calls if call.answer == "hang"]
+    assert all(timeout - LAG <= call.gone - call.begun <= timeout + 5 * LAG for call in hung)
+    return len(hung)
+
+
+# --- tests ------------------------------------------------------------------------------------------------------
+
+
+async def test_five_thousand_rows_through_a_flaky_service(broker_url: str, name: str) -> None:
+    """Every row ends in one way, the right one; the service was called no faster, no oftener, no longer than allowed."""
+    await asyncio.to_thread(publish, name, [{"n": n} for n in range(ROWS)], broker=broker_url)
+    changes: Changes = []
+    with FlakyServer(Moods()) as server:
+        options = {"max_in_flight": 500, "partitions": 4}
+        async with running(broker_url, flaky_pipeline(name, server.url), **options) as worker:
+            worker.runtime.listeners.append(listen(changes))
+            await until(lambda: worker.stats.rows >= ROWS, 90)
+            stats, counts = worker.stats, worker.runtime.stage_counts["enrich"]
+    await check_rows(broker_url, name)
+    fates = Counter(fate(n) for n in range(ROWS))
+    assert stats.rows == ROWS == stats.results + stats.dropped + stats.skipped + stats.dead_letters
+    assert (stats.dropped, stats.skipped, stats.dead_letters) == (fates["dropped"], fates["skipped"], fates["dead"])
+    assert (stats.results, stats.defaulted) == (fates["result"] + fates["defaulted"], fates["defaulted"])
+    calls, per_row = server.calls, server.per_row()
+    check_pace(calls, RATE, BURST)
+    assert check_retry_after(calls, 1.0) == 3
+    assert check_breaker(calls, changes, 0.5, 2) >= 2
+    assert check_hangs(calls, TIMEOUT) > 50
+    assert counts.timeouts >= sum(call.answer == "hang" for call in calls)
+    # A call that ends before it left (its time was up while it waited for a connection) is none to the service.
+    assert 0 <= counts.calls - len(calls) <= 5
+    assert set(per_row) == {n for n in range(ROWS) if fate(n) != "dropped"}
+    assert max(per_row.values()) <= ATTEMPTS
+    assert all(per_row[n] == 1 for n in range(7, ROWS, 200))
+    assert all(per_row[n] == ATTEMPTS for n in range(8, ROWS, 200))
+
+
+async def check_rows(url: str, name: str) -> None:
+    """Results and dead letters hold the right rows, each once, and the context counts the same."""
+    out = await rows_of(url, f"{name}.out")
+    dead = await rows_of(url, f"{name}.dlq")
+    assert sorted(row["n"] for row in out) == [n for n in range(ROWS) if fate(n) in {"result", "defaulted"}]
+    assert sorted(row["n"] for row in dead) == [n for n in range(ROWS) if fate(n) == "dead"]
+    assert all(row["answer"] == (row["n"] * 2 if fate(row["n"]) == "result" else None) for row in out)
+    context = await context_of(url, name)
+    fates = Counter(fate(n) for n in range(ROWS))
+    assert (context.processed_rows, context.failed_rows) == (fates["result"] + fates["defaulted"], fates["dead"])
+    assert (context.dropped_rows, context.skipped_rows) == (fates["dropped"], fates["skipped"])
+    assert (context.completed_rows, context.defaulted_rows) == (ROWS, fates["defaulted"])
