@@ -69,11 +69,11 @@ async def gives_way(row: Row) -> Row:
     return row
 
 
-async def returns_with_context(row: Row, ctx: Any) -> Row:
+async def returns_with_context(row: Row, ctx: Any) -> Row:  # noqa: ARG001 - that it is asked for is the point
     return row
 
 
-async def gives_way_with_context(row: Row, ctx: Any) -> Row:
+async def gives_way_with_context(row: Row, ctx: Any) -> Row:  # noqa: ARG001 - the same
     await asyncio.sleep(0)
     return row
 
@@ -244,12 +244,9 @@ def compare_cases(args: argparse.Namespace) -> int:
     for case in cases:
         figures = [medians[case.name, way] - medians[NONE, way] for way in HANDLERS]
         if case.name == NONE:
-            print(
-                f"{'(the stage without policies itself)':50}"
-                + "".join(f"{medians[NONE, way]:26.2f}" for way in HANDLERS)
-            )
-        else:
-            print(f"{case.name:50}" + "".join(f"{figure:26.2f}" for figure in figures))
+            figures = [medians[NONE, way] for way in HANDLERS]
+        name = "(the stage without policies itself)" if case.name == NONE else case.name
+        print(f"{name:50}" + "".join(f"{figure:26.2f}" for figure in figures))
     if (TRIO, next(iter(HANDLERS))) not in medians:
         return 0
     worst = max(medians[TRIO, way] - medians[NONE, way] for way in HANDLERS)
@@ -307,13 +304,17 @@ def compare_revisions(args: argparse.Namespace) -> int:
             for number in range(args.rounds):
                 for which in paths if number % 2 else reversed(list(paths)):
                     seen[which].append(spawn(args, kind, paths[which]))
-            figures = {which: median(times) for which, times in seen.items()}
-            print(f"{what}: {figures['now']:.3f} us a row now, {figures['before']:.3f} at {args.against}", end=": ")
-            print(f"ratio {figures['now'] / figures['before']:.3f}", end="; ")
-            print(f"noise (now against itself): {figures['again'] / figures['now']:.3f}", end="; ")
-            spread = sorted(seen["now"])
-            print(f"single runs {spread[0] / figures['now']:.2f} to {spread[-1] / figures['now']:.2f} of the median")
+            now, before = median(seen["now"]), median(seen["before"])
+            print(f"{what}: {now:.3f} microseconds a row now, {before:.3f} at {args.against}")
+            print(f"  now against {args.against}: {ratio(seen['now'], seen['before'])}")
+            print(f"  now against itself, the noise: {ratio(seen['again'], seen['now'])}")
     return 0
+
+
+def ratio(one: list[float], other: list[float]) -> str:
+    pairs = [mine / yours for mine, yours in zip(one, other, strict=True)]
+    by_pairs = f"by pairs {median(pairs):.3f} in the middle, {min(pairs):.2f} to {max(pairs):.2f}"
+    return f"{median(one) / median(other):.3f} by the medians; {by_pairs}"
 
 
 def spawn(args: argparse.Namespace, kind: str, path: Path) -> float:

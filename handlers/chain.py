@@ -11,7 +11,7 @@ from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from decimal import Decimal
-from itertools import zip_longest
+from itertools import repeat
 from typing import Any, cast
 
 from ..state.context import sum_costs
@@ -206,7 +206,7 @@ async def run_lots(stage: Stage, rows: list[Outcome], contexts: Sequence[RowCont
 async def _run_lot(lot: _Lot, stage: Stage, runtime: Runtime) -> None:
     try:
         lot.accept(await await_call(stage, lot.arguments(), runtime, stage.timeout))
-        lot.bill(())
+        lot.pay()
         raise_if_cancelled()
     except asyncio.CancelledError as error:
         raise_if_ours()
@@ -260,7 +260,7 @@ class _Lot:
         self._origins: list[int] = []
         self._parts_of: list[int] = []  # which part of its row each is
         self._inputs: list[Row] = []
-        self._attempts: list[RowContext] = []
+        self._attempts: dict[int, RowContext] = {}  # contexts of this attempt's own, by the row's place
 
     def __len__(self) -> int:
         return len(self._inputs)
@@ -297,22 +297,23 @@ class _Lot:
         many: Any = rows_to_frame(self._inputs) if stage.frame else list(self._inputs)
         if not takes_context or contexts is None:
             return (many,)
-        given = [contexts[origin] for origin in self._origins]
-        if stage.is_policed or stage.recovers:  # what a call does that fails is undone
-            given = self._attempts = [context.fork() for context in given]
-        return (many, given)
+        if not stage.is_policed and not stage.recovers:
+            return (many, [contexts[origin] for origin in self._origins])
+        # What a call does that fails is undone. Parts of one row share a context, here as elsewhere.
+        self._attempts = {origin: contexts[origin].fork() for origin in dict.fromkeys(self._origins)}
+        return (many, [self._attempts[origin] for origin in self._origins])
 
     def call(self) -> None:
         """Call the handler here and now, and give each row its part."""
         try:
             self.accept(self._stage.call(*self.arguments()))
-            self.bill(())
+            self.pay()
         except RAISED as error:
             self.fail(error)
 
     def fail(self, error: BaseException) -> None:
         """The call failed: so did every row in it, as far as none has a fallback."""
-        self.bill(())
+        self.pay()
         failure = failure_of(self._stage, error)
         for place, (origin, row) in enumerate(zip(self._origins, self._inputs, strict=True)):
             self._merge(place, recover(self._stage, row, self._context(origin), failure))
@@ -326,7 +327,7 @@ class _Lot:
         parts = self._parts(result)
         for place, (origin, row, part) in enumerate(zip(self._origins, self._inputs, parts, strict=True)):
             self._merge(place, self._fitting(origin, row, part))
-        for origin, attempt_context in zip(self._origins, self._attempts, strict=False):
+        for origin, attempt_context in self._attempts.items():
             context = self._context(origin)
             if context is not None:
                 context.adopt(attempt_context)
@@ -350,12 +351,20 @@ class _Lot:
         """What became of the row of a lot of one."""
         self._merge(0, outcome)
 
+    def pay(self) -> None:
+        """Count what the last call cost, where it had contexts of its own."""
+        if self._attempts:
+            self.bill(())
+
     def bill(self, prices: Sequence[Decimal]) -> Bill:
         """What the last call cost, each row its own share."""
-        attempts, self._attempts = self._attempts, []
+        attempts, self._attempts = self._attempts, {}
+        asked: dict[int, Decimal] = {}
+        for origin, price in zip(self._origins, prices or repeat(NO_COST), strict=False):
+            asked[origin] = sum_costs(asked.get(origin, NO_COST), price)
         bills = [
-            charge(context, attempt_context, price or NO_COST)
-            for origin, attempt_context, price in zip_longest(self._origins, attempts, prices)
+            charge(context, attempts.get(origin), price)
+            for origin, price in asked.items()
             if (context := self._context(origin)) is not None
         ]
         return Bill(sum_costs(*(bill.cost for bill in bills)), sum(bill.tokens for bill in bills))

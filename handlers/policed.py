@@ -53,13 +53,17 @@ class Bill(NamedTuple):
     tokens: int
 
 
+_FREE = Bill(NO_COST, 0)
+
+
 def charge(context: RowContext, attempt: RowContext | None, price: Decimal) -> Bill:
     """Put what an attempt cost on its row's account: what the handler reported, or else the price."""
     if attempt is not None and attempt.has_reported:
         context.pay(attempt)
         return Bill(attempt.cost, attempt.tokens)
-    if price:
-        context.add_cost(price)
+    if not price:
+        return _FREE
+    context.add_cost(price)
     return Bill(price, 0)
 
 
@@ -385,7 +389,9 @@ class Policed:
         account = self.runtime.account
         try:
             if trial.prices is None:
-                trial.prices = [price_of(price, row) for row in trial.work.rows]
+                # An amount was checked when the stage was made; what a function gives was not.
+                fixed = price if isinstance(price, Decimal) else None
+                trial.prices = [price_of(price, row) if fixed is None else fixed for row in trial.work.rows]
             if account is None:
                 return None
             trial.held = account.try_reserve(sum_costs(*trial.prices))

@@ -16,7 +16,7 @@ PRINTED = re.compile(r"^ *print\(.*\)  # (.*)$", re.MULTILINE)
 
 
 def programs_of(page: str) -> dict[str, str]:
-    """A page's Python, by file: a block that begins with ``# name.py`` is that file, all others together one program."""
+    """A page's Python by file: a block that begins with ``# name.py`` is that file, all others together one program."""
     programs: dict[str, str] = {"page.py": ""}
     for block in BLOCK.findall((ROOT / page).read_text(encoding="utf-8")):
         named = FILE_NAME.match(block)
@@ -41,6 +41,7 @@ def test_the_python_page(tmp_path: Path) -> None:
     printed = output_of(program, "page.py", tmp_path)
     assert "total_rows=10000" in printed
     assert "total_rows=2, processed_rows=2" in printed
+    assert "\n100 100\n100\n" in printed
 
 
 @pytest.mark.parametrize("name", programs_of("docs/handlers.md"))

@@ -192,8 +192,10 @@ class Workload:
     @property
     def longest(self) -> float:
         """Seconds that all of it takes at most, one call after the other."""
-        calls = sum(self._duration(s, row.n, 0) for s in self.stages for row in self.rows)
-        return calls * 3 + 5 * sum(
+        calls = sum(self._duration(s, row.n, 0) * (4 if s.flaky else 1) for s in self.stages for row in self.rows)
+        # A split row may wait for each of its parts.
+        pauses = sum(4 * 1.4 * len(self.rows) * s.flaky / 100 for s in self.stages)
+        return calls * 3 + pauses + 5 * sum(
             _OVERRUN for s in self.stages if s.timed for r in self.rows if self._overruns(s, r.n)
         )
 
@@ -456,6 +458,7 @@ def _without_context(function: Callable[..., Any]) -> Callable[..., Any]:
 def _stage(chance: random.Random, index: int, kinds: tuple[Kind, ...], may_time_out: bool) -> StageSpec:
     kind = chance.choice(kinds)
     batched = kind in {"batch", "async_batch"}
+    stubborn = kind == "async" and chance.random() < 0.2
     timed = may_time_out and kind in {"blocking", "async"} and chance.random() < 0.4
     return StageSpec(
         index=index,
@@ -464,7 +467,7 @@ def _stage(chance: random.Random, index: int, kinds: tuple[Kind, ...], may_time_
         batch=chance.choice([2, 5, 10]),
         context=chance.random() < 0.6,
         timed=timed,
-        stubborn=kind == "async" and not timed and chance.random() < 0.2,
+        stubborn=stubborn and not timed,
         pace=chance.choice([0.0, 0.005, 0.05, 0.5]) if kind not in {"plain", "batch"} else chance.choice([0.0, 0.005]),
         drops=chance.choice([0, 10]),
         splits=chance.choice([0, 20]),
@@ -473,7 +476,7 @@ def _stage(chance: random.Random, index: int, kinds: tuple[Kind, ...], may_time_
         overruns=3 if timed else 0,
         adds=False,
         rewrites=False,
-        flaky=chance.choice([0, 0, 10, 50]) if kind in {"blocking", "async"} and not timed else 0,
+        flaky=chance.choice([0, 0, 10, 50]) if kind in {"blocking", "async"} and not timed and not stubborn else 0,
         passes=chance.choice([0, 0, 0, 30]),
         ends=chance.choice(["dead_letter", "dead_letter", "skip", "default"]),
     )

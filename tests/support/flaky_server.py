@@ -35,7 +35,7 @@ class Call:
         came: when the server had read it.
         answer: what it did: see :class:`FlakyServer`.
         answered: when the answer was handed to the network to its last byte; infinity: never.
-        gone: when the client hung up without an answer; infinity: it did not.
+        gone: when the connection ended without an answer; infinity: it did not.
     """
 
     row: int
@@ -125,6 +125,7 @@ class FlakyServer:
     async def _answer(self, request: web.Request, call: Call) -> web.StreamResponse:
         await asyncio.sleep(3_600 if call.answer == "hang" else self._delay)
         if call.answer == "reset" and request.transport is not None:
+            call.gone = time.monotonic()
             _reset(request.transport)
             return web.Response()  # nobody hears it
         response = self._response(call)
