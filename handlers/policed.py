@@ -165,18 +165,9 @@ class Trial:
     """How far a row, or a batch, is in a stage."""
 
     __slots__ = (
-        "answering",
-        "attempts",
-        "before",
-        "began",
-        "held",
-        "key",
-        "permit",
-        "place",
-        "prices",
-        "units",
-        "work",
-    )
+        "answering", "attempts", "before", "began", "failure", "held", "key", "last_error", "permit",
+        "place", "prices", "units", "work",
+    )  # fmt: skip
 
     def __init__(self, work: Work) -> None:
         self.work = work
@@ -185,6 +176,9 @@ class Trial:
         self.permit: Permit | None = None
         self.place: Place | None = None
         self.units = 0.0
+        self.failure: Failure | None = None
+        """What it failed with before any call."""
+        self.last_error: BaseException | None = None
         self.prices: Sequence[Decimal] | None = None
         self.held: Reservation | None = None
         self.key: bytes | None = None
@@ -224,15 +218,21 @@ class Policed:
             if stage.input is not None:
                 row = stage.input.check(row)
         except Exception as error:  # noqa: BLE001 - a user's condition or model may raise anything
-            return failure_of(stage, error)
+            return self._doomed(row, context, error)
         trial = Trial(RowWork(stage, row, context))
         if self._cache is None:
             return trial
         try:
             hit = self._ask_cache(self._cache, trial, row, context)
         except Exception as error:  # noqa: BLE001 - a user's function of inputs may raise anything
-            return failure_of(stage, error)
+            return self._doomed(row, context, error)
         return trial if hit is None else hit.outcome
+
+    def _doomed(self, row: Row, context: RowContext | None, error: BaseException) -> Trial:
+        """A row that failed before any call; its first step settles what becomes of it."""
+        trial = Trial(RowWork(self.stage, row, context))
+        trial.failure = failure_of(self.stage, error)
+        return trial
 
     def look(self, trial: Trial) -> Pause | Hit | None:
         """What is to be waited for before a slot is taken: the answer of another row with the same question.
@@ -258,7 +258,7 @@ class Policed:
 
         Nothing that the handler does wrong is raised.
         """
-        gate = self._admit(trial)
+        gate = self._admit(trial) if trial.failure is None else trial.failure
         if gate is not None:
             return gate if isinstance(gate, Pause) else await self._give_up(trial, gate)
         counts, clock = self._counts, self._clock
@@ -369,7 +369,9 @@ class Policed:
             return Pause(breaker.seconds_left or None, breaker.changed())
         self._counts.refused += 1
         name = breaker.spec.name or self.stage.name
-        error = BreakerOpenError(f"the circuit breaker {name!r} is open; probes in {breaker.seconds_left:.0f} s")
+        last = f"; before: {trial.last_error!r}" if trial.last_error is not None else ""
+        left = breaker.seconds_left
+        error = BreakerOpenError(f"the circuit breaker {name!r} is open; probes in {left:.0f} s{last}")
         return failure_of(self.stage, error, trial.attempts)
 
     def _take_place(self, trial: Trial) -> Pause | Failure | None:
@@ -444,6 +446,7 @@ class Policed:
         except Exception as second:  # noqa: BLE001 - the user's function may raise anything
             error, pause = second, None
         if pause is not None:
+            trial.last_error = error
             self._counts.retries += 1
             return Pause(pause)
         return await self._give_up(trial, failure_of(self.stage, error, trial.attempts))

@@ -30,6 +30,7 @@ from .errors import MisfitError
 from .frames import is_frame, rows_to_frame, split_result
 
 if TYPE_CHECKING:
+    from ..state.artifacts import ArtifactStore
     from .runtime import Runtime
 
 MOST_BYTES = 256 * 1024 * 1024
@@ -169,6 +170,9 @@ class _Context(RowContext):
             name,
             "tables stay with the worker: look up in a stage before this one, without executor=",
         )
+
+    def _artifacts(self) -> ArtifactStore:
+        raise ConfigError("ctx.artifact", None, "artifacts are put in stages without executor=")
 
     @property
     def runtime(self) -> Runtime:

@@ -230,7 +230,10 @@ class Runtime:
 
 
 def _log(event: Event) -> None:
-    log.warning("%s: %s %s", event.subject, event.kind, event.detail or "")
+    """What a budget tells is logged where it is known best."""
+    if event.subject != "budget":
+        level = logging.WARNING if event.kind == "breaker_open" else logging.INFO
+        log.log(level, "%s: %s %s", event.subject, event.kind, event.detail or "")
 
 
 def check_resources(stages: Sequence[Stage]) -> None:

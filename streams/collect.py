@@ -5,7 +5,7 @@ from __future__ import annotations
 import heapq
 import tempfile
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
-from typing import IO, NamedTuple
+from typing import IO, Literal, NamedTuple
 
 from ..state.codec import dumps, loads
 from ..state.model import Record, TopicPartition
@@ -38,16 +38,21 @@ async def partitions_of(broker: Broker, topics: Sequence[str]) -> list[TopicPart
 
 
 async def read_topic(
-    broker: Broker, topic: str, starts: Mapping[TopicPartition, int] | None = None
+    broker: Broker,
+    topic: str,
+    starts: Mapping[TopicPartition, int] | None = None,
+    until: Literal["high_watermark", "end"] = "high_watermark",
 ) -> AsyncIterator[Sequence[Record]]:
     """Every committed record of a topic, in batches, from ``starts`` (default: the first) to the present end.
+
+    With ``until="end"`` transactions that are under way are not waited for.
 
     Raises:
         BrokerTimeoutError: no progress for 30 s.
     """
     partitions = await partitions_of(broker, [topic])
     positions = {**await broker.offsets(partitions, "earliest"), **(starts or {})}
-    ends = await broker.offsets(partitions, "high_watermark")
+    ends = await broker.offsets(partitions, until)
     left = {tp for tp in partitions if positions[tp] < ends[tp]}
     if not left:
         return

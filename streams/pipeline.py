@@ -252,32 +252,44 @@ class Pipeline:
         """One row through all stages, here and now, without any broker: for tests and for trying things out.
 
         Returns:
-            Its results: none if it was dropped. Rows given to ``ctx.emit`` are not among them. Tables are empty, and
-            forgotten afterwards.
+            Its results: none if it was dropped or skipped. Rows given to ``ctx.emit`` are not among them. Tables and
+            caches are empty, and forgotten afterwards; a budget is not asked.
 
         Raises:
             RowmillError: the row failed, with the stage and the reason.
         """
         from .loops import run_blocking
 
-        rows: list[Outcome] = [dict(row)]
         key_bytes(key)
+        rows: list[Outcome] = [self._admitted(dict(row))]
         tables = PartitionTables(MemoryStore(), self._tables)
 
         async def run() -> None:
             pool = BlockingPool(1)
-            view = lambda _: tables.view(tables, 0)  # noqa: E731
-            context = RowContext(self.sources[0], 0, 0, 0, key, (), "process", view, Runtime(pool))
+            runtime = Runtime(pool, artifacts=self._artifact_store())
+            context = RowContext(
+                self.sources[0], 0, 0, 0, key, (), "process", lambda _: tables.view(tables, 0), runtime
+            )
             try:
-                await self.chain().run(rows, [context], context.runtime)
+                await self.chain().run(rows, [context], runtime)
             finally:
+                await runtime.close()
                 pool.close()
 
         run_blocking(run)
         outcome = rows[0]
         if isinstance(outcome, Failure):
+            if outcome.then == "skip":
+                return []
             raise RowmillError(f"stage {outcome.stage!r}: {outcome.kind}: {outcome.message}") from outcome.error
-        return outcome if isinstance(outcome, list) else [] if outcome is None else [outcome]
+        results = outcome if isinstance(outcome, list) else [] if outcome is None else [outcome]
+        return [result if self.output is None else self.output.check(result) for result in results]
+
+    def _admitted(self, row: Row) -> Row:
+        return row if self.input is None else self.input.check(row)
+
+    def _artifact_store(self) -> ArtifactStore | None:
+        return open_artifacts(self.artifacts) if isinstance(self.artifacts, str) else self.artifacts
 
     def run(
         self,

@@ -8,6 +8,7 @@ once, so whoever starts the same session again goes on where they stopped.
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -35,6 +36,8 @@ from .progress import progress_bar
 from .results import CostEstimate, ErrorInfo, ExecutionResult, ProcessingStats
 from .session import INPUT_ERROR_HEADER, INPUT_ROW_HEADER, SOURCE_HEADER, Session
 from .worker import Worker
+
+log = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     import pandas as pd  # noqa: TID251 - for the type only
@@ -141,10 +144,9 @@ class Publisher:
         Raises:
             SessionError: the session was started with another input.
         """
-        self._producer = self._broker.transactional_producer(self._group)
-        async with deadline(self._timeout, "start publishing"):
-            await self._producer.start()
-            committed = (await self._broker.committed(self._group, [self._mark]))[self._mark]
+        committed = await self._fence()
+        if await self._settle_remains(committed):
+            committed = await self._fence()
         if committed is None:
             await self._check_unused()
             return
@@ -162,6 +164,44 @@ class Publisher:
                 "or another session name to start anew"
             )
         self.published, self.is_done = committed.offset, done
+
+    async def _fence(self) -> Committed | None:
+        """Start a producer, which ends what an earlier one left, and read how far that one came."""
+        if self._producer is not None:
+            await self._producer.close()
+        self._producer = self._broker.transactional_producer(self._group)
+        async with deadline(self._timeout, "start publishing"):
+            await self._producer.start()
+            return (await self._broker.committed(self._group, [self._mark]))[self._mark]
+
+    async def _settle_remains(self, committed: Committed | None) -> bool:
+        """End what the last transaction left open where Kafka gave its markers up, in the way it was decided.
+
+        It was a commit if any of its rows can be read, or if rows before the position cannot. Tells whether there was
+        anything.
+        """
+        async with deadline(self._timeout, "look for what was left open"):
+            sources = await partitions_of(self._broker, [self._mark.topic])
+            written = await self._broker.offsets(sources, "high_watermark")
+            readable = await self._broker.offsets(sources, "end")
+            pending = await self._broker.pending(self._group, [self._mark])
+        if not pending and readable == written:
+            return False
+        position, before, beyond = committed.offset if committed else 0, 0, 0
+        async for records in read_topic(self._broker, self._mark.topic, until="end"):
+            numbers = [number for record in records if (number := input_row(record)) is not None]
+            before += sum(number < position for number in numbers)
+            beyond += sum(number >= position for number in numbers)
+        is_commit = beyond > 0 or before < position
+        producer = self._producer
+        assert producer is not None  # noqa: S101 - just started
+        log.warning(
+            "%s: the broker ended a transaction in some places only; the rest is ended now: %s",
+            self._mark.topic, "commit" if is_commit else "abort",
+        )  # fmt: skip
+        async with deadline(self._timeout, "end what was left open"):
+            await producer.settle(sources, self._group, {}, commit=is_commit)
+        return True
 
     async def _check_unused(self) -> None:
         """A topic of this name with rows in it, but no position of ours: it is somebody else's session's."""

@@ -11,6 +11,7 @@ from datetime import datetime
 from decimal import Decimal
 from typing import Any
 
+from ..handlers.capture import install
 from ..handlers.chain import Chain, with_inner
 from ..handlers.context import NO_COST
 from ..handlers.executors import BlockingPool
@@ -131,6 +132,8 @@ class Worker(AssignmentListener):
         )
         self._runtime = self._facilities.runtime
         self._runtime.listeners.append(self._heard_of)
+        if pipeline.kept_log:
+            install()
         # Tables have threads of their own: handlers that hang must not keep a partition from being handed over.
         self._store_pool = pool or BlockingPool(_STORE_THREADS)
         self._stores = stores

@@ -107,6 +107,8 @@ def main(args: argparse.Namespace) -> int:
     job = _prepare(args)
     if job.rows is not None:
         say(f"session {job.session.id} on {shown_broker(args)}", quiet=args.quiet)
+    from ..worker import BUDGET_STAGE
+
     outcome = _run_to_end(job)
     if outcome is None:
         return job.caught.exit_code if job.caught else FAILED
@@ -121,6 +123,8 @@ def main(args: argparse.Namespace) -> int:
         return FAILED
     if outcome.failed and outcome.failed == outcome.rows:
         say("rowmill: error: every row failed")
+        return FAILED
+    if outcome.stopped_by is not None and outcome.stopped_by.stage == BUDGET_STAGE:
         return FAILED
     return 0
 
@@ -143,10 +147,10 @@ def _check_options(args: argparse.Namespace) -> None:
 
 
 def _prepare(args: argparse.Namespace) -> _Job:
+    from ...handlers.capture import install
     from ...state.clock import SystemClock
     from ..inputs import FileInput
     from ..session import LIVE, Session
-    from ...handlers.capture import install
     from .load import load_pipeline
 
     install()  # log records of handlers tell their rows, for whatever format the pipeline's file sets up
@@ -165,7 +169,7 @@ def _run_to_end(job: _Job) -> RunOutcome | None:
     """The outcome, or None when a signal ended the run early."""
     import asyncio
 
-    from ..errors import BrokerError, BrokerUnreachableError, StalledError
+    from ..errors import BrokerError, BrokerUnreachableError, RowFailedError, StalledError
 
     try:
         with _progress(job) as report:
@@ -177,8 +181,10 @@ def _run_to_end(job: _Job) -> RunOutcome | None:
         return None
     except BrokerUnreachableError:
         raise  # nothing began
-    except (BrokerError, StalledError):
+    except (BrokerError, StalledError, RowFailedError):
         say(f"stopped after {plural(job.done, 'row')}; everything done is kept. To go on:\n  {job.again}")
+        if job.args.json:
+            _print_json(job, {"status": "failed", "session": job.session.id, "rows_here": job.done})
         raise
 
 
@@ -255,6 +261,8 @@ def _report(job: _Job, outcome: RunOutcome) -> None:
     else:
         text = summary_text(outcome, job.pipeline.name, output, broker_words(job.args))
         say(f"\n{text}", quiet=job.args.quiet)
+    if outcome.stopped_by is not None:
+        say(f"to go on with the rows that are left:\n  {job.again}")
 
 
 def _print_json(job: _Job, summary: dict[str, object]) -> None:

@@ -92,8 +92,8 @@ def main(args: argparse.Namespace) -> int:
     """Work until a signal or an error."""
     import asyncio
 
-    from ..session import LIVE, Session
     from ...handlers.capture import install
+    from ..session import LIVE, Session
     from .load import load_pipeline
 
     install()  # log records of handlers tell their rows, for whatever format the pipeline's file sets up
@@ -146,5 +146,7 @@ async def _serve(
 def _counts(stats: WorkerStats) -> str:
     return (
         f"{plural(stats.rows, 'row')} in, {plural(stats.results, 'result')} out, {stats.dropped:,} dropped, "
+        f"{f'{stats.skipped:,} skipped, ' if stats.skipped else ''}"
+        f"{f'{stats.defaulted:,} with fallback, ' if stats.defaulted else ''}"
         f"{plural(stats.dead_letters, 'dead letter')}, in {plural(stats.transactions, 'transaction')}"
     )

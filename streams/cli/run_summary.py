@@ -33,7 +33,7 @@ def _headline(outcome: RunOutcome, pipeline: str) -> str:
     text = f"{pipeline}: {plural(outcome.rows_here, 'row')} in {duration(outcome.seconds)}"
     if outcome.rows_here and outcome.seconds:
         text += f" ({outcome.rows_here / outcome.seconds:,.0f} rows/s)"
-    earlier = outcome.rows - outcome.rows_here
+    earlier = outcome.done - outcome.rows_here
     if earlier > 0:
         text += f"; {earlier:,} had been done before"
     if outcome.stopped_by is not None:

@@ -30,6 +30,8 @@ pytestmark = pytest.mark.timeout(150)
 ROWMILL = str(Path(sys.executable).with_name("rowmill"))
 SUPPORT = Path(__file__).parents[1] / "support"
 CONCURRENCY = 20
+SEED = 4
+COMMIT_INTERVAL = 1.0
 ON_ITS_WAY = 0.05
 """Seconds that an answer may need from the service's socket into the worker's cache."""
 NOT_YET_SHARED = 0.5
@@ -44,7 +46,7 @@ class Kill(NamedTuple):
 
     def hit(self, call: Call, seconds: float) -> bool:
         """Whether a call was under way, or its answer not older than so many seconds."""
-        return call.begun <= self.after and call.answered > self.before - seconds
+        return call.begun <= self.after and min(call.answered, call.gone) > self.before - seconds
 
 
 class Process:
@@ -59,7 +61,8 @@ class Process:
             **{f"ROWMILL_TEST_{key.upper()}": str(value) for key, value in told.items()},
         }
         command = [ROWMILL, "worker", f"{SUPPORT / 'paid_pipelines.py'}:paid", "--broker", broker]
-        command += ["--max-deaths", "0", "--state-dir", str(state)]
+        # Commits are rare, so that a kill undoes the work of a second: without the cache it would be paid for again.
+        command += ["--max-deaths", "0", "--state-dir", str(state), "--commit-interval", str(COMMIT_INTERVAL)]
         self.log = (state.parent / f"{name}.log").open("ab")
         self._process = subprocess.Popen(command, env=environment, stderr=self.log)
 
@@ -122,15 +125,15 @@ def most_calls(calls: list[Call], kills: list[Kill], seconds: float) -> Counter[
     return allowed
 
 
-@pytest.mark.parametrize("seed", [4])
-async def test_killed_workers_pay_once(broker_url: str, name: str, tmp_path: Path, seed: int) -> None:
+async def test_killed_workers_pay_once(broker_url: str, name: str, tmp_path: Path) -> None:
     """Killed again and again and gone on with: exact output, and calls <= rows + those under way at the kills."""
-    chance, rows = Random(seed), 1_500
+    chance, rows = Random(SEED), 1_500
+    times = 4 if broker_url.startswith("local:") else 2  # Kafka notices a death after ten seconds
     await asyncio.to_thread(publish, name, [{"n": n} for n in range(rows)], broker=broker_url)
     kills: list[Kill] = []
     with FlakyServer(delay=0.02) as server:
         told = {"cache": "own", "concurrency": CONCURRENCY}
-        for share in sorted(chance.uniform(0.1, 0.85) for _ in range(3)):
+        for share in sorted(chance.uniform(0.1, 0.85) for _ in range(times)):
             async with process(broker_url, name, server, tmp_path / "state", **told) as worker:
                 here = len(server.calls)
                 await until(lambda s=share, h=here: len(server.calls) > max(s * rows, h + 30), 60, worker)  # type: ignore[misc]
@@ -140,8 +143,8 @@ async def test_killed_workers_pay_once(broker_url: str, name: str, tmp_path: Pat
             found = await complete(broker_url, name, rows, worker)
     assert sorted((row["n"], row["answer"]) for row in found) == [(n, n * 2) for n in range(rows)]
     check_paid(server, kills, rows, ON_ITS_WAY)
-    assert all(sum(kill.hit(call, 0) for call in server.calls) <= CONCURRENCY for kill in kills)
-    assert any(kill.hit(call, 0) for call in server.calls for kill in kills), "no kill hit anything"
+    for kill in kills:  # twice the slots: a call may end, and the next begin, while the signal is on its way
+        assert 0 < sum(kill.hit(call, 0) for call in server.calls) <= 2 * CONCURRENCY
     context = await context_of(broker_url, name)
     assert (context.completed_rows, context.total_cost) == (rows, rows)
 
@@ -151,7 +154,6 @@ async def test_another_machine_finds_what_was_paid_for(broker_url: str, name: st
     answers of the last half second.
     """
     rows = 800
-    # All rows have one key and a commit waits for the slowest: without the cache everything would be paid for again.
     await asyncio.to_thread(publish, name, [{"n": n} for n in range(rows)], broker=broker_url)
     with FlakyServer(delay=0.02) as server:
         told = {"cache": "shared", "concurrency": CONCURRENCY}
