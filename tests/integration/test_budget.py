@@ -12,7 +12,7 @@ from rowmill import publish
 from support.flaky_server import FlakyServer
 from support.paid_pipelines import paid_pipeline
 
-from .test_paid_calls import process, until
+from .test_paid_calls import called, process
 from .test_policies import rows_of
 from .test_worker import running
 
@@ -85,11 +85,11 @@ async def test_killed_workers_stay_within_the_budget(broker_url: str, name: str,
     told = {"budget": BUDGET, "concurrency": IN_FLIGHT}
     with FlakyServer(delay=0.05) as server:
         async with process(broker_url, name, server, tmp_path / "state", **told) as worker:
-            await until(lambda: len(server.calls) > BUDGET // 3, 60, worker)
+            await called(server, BUDGET // 3, worker)
             await asyncio.to_thread(worker.kill)
         here = len(server.calls)
         async with process(broker_url, name, server, tmp_path / "state", **told) as worker:
-            await until(lambda: len(server.calls) > here, 60, worker)
+            await called(server, here + 1, worker)
             await quiet(server, 2.0)
             assert worker.is_alive
     out = [row["n"] for row in await rows_of(broker_url, f"{name}.out")]
