@@ -21,6 +21,9 @@ async def await_call(stage: Stage, arguments: tuple[Any, ...], runtime: Runtime,
     """
     if not stage.is_async:
         return await runtime.pool.run(stage.call, *arguments, timeout=timeout)
+    limit = runtime.time_limit(stage) if timeout == stage.timeout else None
+    if limit is not None:
+        return await limit.call(stage.call, arguments)
     return await call_with_limit(stage.call, arguments, timeout)
 
 

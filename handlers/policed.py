@@ -21,7 +21,7 @@ from ..state.model import Row
 from .breaker import Permit
 from .budget import Price, Reservation, price_of
 from .cache import Answer, Before, StageCache
-from .calls import TimeLimit, await_call, raise_if_cancelled, raise_if_ours
+from .calls import await_call, raise_if_cancelled, raise_if_ours
 from .context import NO_COST, RowContext
 from .errors import BreakerOpenError, HandlerTimeoutError, StopExecution
 from .limits import Place
@@ -205,9 +205,9 @@ class Policed:
         self._limiter = runtime.limiter(stage)
         self._cache = runtime.cache(stage)
         has_deadline = stage.retry is not None and stage.retry.deadline is not None
-        # Async calls that have the same time every time, or any: nothing need be found out before each.
+        # Async, and with the same time limit for every call, or none: nothing is to be worked out before each.
         self._is_simple = stage.is_async and not has_deadline
-        self._time_limit = TimeLimit(stage.timeout) if self._is_simple and stage.timeout is not None else None
+        self._time_limit = runtime.time_limit(stage) if self._is_simple else None
 
     def begin(self, row: Row, context: RowContext | None) -> Trial | Outcome:
         """What a row meets before any call: a trial if the handler must be called, else what became of it already."""
@@ -288,7 +288,7 @@ class Policed:
         return outcome
 
     def _call(self, trial: Trial, now: float) -> Awaitable[Any]:
-        """The call, to be awaited. Not async itself: a coroutine more would be to be made for every row."""
+        """The call, to be awaited. Not async itself: that would be one coroutine more for every row."""
         stage, arguments = self.stage, trial.work.arguments()
         if not self._is_simple:
             return await_call(stage, arguments, self.runtime, self._time_left(trial, now))

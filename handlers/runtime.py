@@ -26,6 +26,7 @@ from .limits import Limiter
 from .stage import Stage
 
 if TYPE_CHECKING:
+    from .calls import TimeLimit
     from .policed import Policed
     from .processes import ProcessPool
 
@@ -115,6 +116,7 @@ class Runtime:
         self._breakers: dict[str, Breaker] = {}
         self._limiters: dict[str, Limiter] = {}
         self._policed: dict[str, Policed] = {}
+        self._time_limits: dict[str, TimeLimit] = {}
 
     def slots(self, stage: Stage) -> asyncio.Semaphore:
         """The stage's slots: how many of its calls may run at once, over all partitions."""
@@ -184,6 +186,17 @@ class Runtime:
 
             policed = self._policed[stage.name] = Policed(stage, self)
         return policed
+
+    def time_limit(self, stage: Stage) -> TimeLimit | None:
+        """The limit of each call of an async stage, if it has one."""
+        if stage.timeout is None:
+            return None
+        limit = self._time_limits.get(stage.name)
+        if limit is None:
+            from .calls import TimeLimit
+
+            limit = self._time_limits[stage.name] = TimeLimit(stage.timeout)
+        return limit
 
     def breaker(self, stage: Stage) -> Breaker | None:
         """The breaker of the stage's resource, if it has one."""
