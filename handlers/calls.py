@@ -118,10 +118,15 @@ async def call_with_limit(call: Handler, arguments: tuple[Any, ...], timeout: fl
         raise
 
 
+def is_being_cancelled() -> bool:
+    """Whether the running task is to end."""
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
+
+
 def raise_if_cancelled() -> None:
     """A handler that swallowed its cancellation gets no further row."""
-    task = asyncio.current_task()
-    if task is not None and task.cancelling():
+    if is_being_cancelled():
         raise asyncio.CancelledError
 
 

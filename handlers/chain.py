@@ -130,11 +130,13 @@ def _run_plain(stages: tuple[Stage, ...], rows: list[Outcome], contexts: Sequenc
         stage = stages[0]
         try:
             for stage, handler, takes_context in calls:
-                value = handler(value, contexts[i]) if takes_context else handler(value)  # type: ignore[index]
-                if value.__class__ is not dict:
-                    value = odd_result(stage, value)
-                    if value.__class__ is not dict:
+                result = handler(value, contexts[i]) if takes_context else handler(value)  # type: ignore[index]
+                if result.__class__ is not dict:
+                    result = odd_result(stage, result)
+                    if result.__class__ is not dict:
+                        value = result
                         break
+                value = result
         except RAISED as error:
             rows[i] = _go_on(stages, stage, value, contexts[i] if contexts else None, error)
             if _halts(rows, i):
@@ -294,7 +296,8 @@ class _Lot:
         takes_context = stage.takes_context and contexts
         if stage.batch is None:
             return (self._inputs[0], self._context(self._origins[0])) if takes_context else (self._inputs[0],)
-        many: Any = rows_to_frame(self._inputs) if stage.frame else list(self._inputs)
+        given_rows = [dict(row) for row in self._inputs] if stage.repeats else self._inputs
+        many: Any = rows_to_frame(given_rows) if stage.frame else list(given_rows)
         if not takes_context or contexts is None:
             return (many,)
         if not stage.is_policed and not stage.recovers:
@@ -334,8 +337,8 @@ class _Lot:
         return None
 
     def halts(self) -> bool:
-        """Whether the session ends with this lot: the rows behind it are taken out, for they did not run."""
-        return _halts(self._places, self._origins[-1])
+        """Whether the session ends with one of its rows: those behind that are taken out, as if they had not run."""
+        return any(_halts(self._places, origin) for origin in self._origins)
 
     def _fitting(self, origin: int, row: Row, part: Any) -> Outcome:
         """A row's part, if it fits the schema; one that does not fails alone."""
@@ -431,6 +434,8 @@ def _lots(stage: Stage, rows: list[Outcome], contexts: Sequence[RowContext] | No
         if isinstance(value, list):
             rows[i] = _Several()
         wanted = enumerate(parts) if stage.batch is None else _for_batch(stage, rows, i, parts, contexts)
+        if _halts(rows, i):
+            break
         for part, row in wanted:
             if len(lots[-1]) >= size:
                 lots.append(_Lot(stage, rows, contexts))

@@ -123,6 +123,7 @@ class RowContext:
 
     def pay(self, attempt: RowContext) -> None:
         """Count what an attempt cost, whatever became of it."""
+        self.has_reported |= attempt.has_reported
         if attempt.cost or attempt.tokens:
             self.cost, self.tokens = sum_costs(self.cost, attempt.cost), self.tokens + attempt.tokens
 

@@ -4,7 +4,8 @@ RowmillError
 ├── MisfitError             you, the handler's author: it gave back what cannot be matched to its rows
 ├── ConditionError          you: a stage's ``when=`` raised
 ├── HandlerTimeoutError     the handler outlived its stage's timeout; a Retry tries again
-├── AbandonedError          too many blocking handlers hang; the stage's rows fail until threads come back
+├── NotStartedError         no thread was free for a blocking handler; a Retry tries again
+│   └── AbandonedError      too many blocking handlers hang; the stage's rows fail until threads come back
 ├── ProcessDiedError        the process that ran a handler ended in the middle of a call; a Retry tries again
 ├── BreakerOpenError        nobody: the stage's resource is left alone for a while
 ├── UnknownPriceError       you: what a call may cost cannot be told, so it is not made
@@ -25,7 +26,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from ..state.errors import BadRowError, RowmillError
-from .retry import is_curable
+from .retry import asked_pause, is_curable, status_of
 
 if TYPE_CHECKING:
     from .graph_run import NodeReport
@@ -50,10 +51,14 @@ class HandlerTimeoutError(RowmillError, TimeoutError):
     retryable: ClassVar[bool] = True
 
 
-class AbandonedError(RowmillError):
-    """No thread may be started for a blocking handler: as many as allowed hang already."""
+class NotStartedError(RowmillError):
+    """A blocking handler was not called: no thread was free for it in time. Nothing was done, nothing is to pay."""
 
     retryable: ClassVar[bool] = True
+
+
+class AbandonedError(NotStartedError):
+    """No thread may be started for a blocking handler: as many as allowed hang already."""
 
 
 class BreakerOpenError(RowmillError):
@@ -122,7 +127,8 @@ class StageFailedError(RowmillError):
         self.failure = failure
         self.kind = failure.kind
         self.retryable = failure.error is not None and is_curable(failure.error)  # type: ignore[misc] # the inner one's
-        self.retry_after = getattr(failure.error, "retry_after", None)
+        self.status = None if failure.error is None else status_of(failure.error)
+        self.retry_after = None if failure.error is None else asked_pause(failure.error)
 
 
 class UnroutedError(RowmillError):
@@ -150,7 +156,10 @@ class GraphError(RowmillError):
         super().__init__(message)
         self.nodes = dict(nodes)
         self.then: Literal["fail", "dead_letter"] = "fail" if any(f.then == "fail" for f in failures) else "dead_letter"
-        self.retryable = all(f.error is not None and is_curable(f.error) for f in failures)  # type: ignore[misc]
+        errors = [failure.error for failure in failures if failure.error is not None]
+        self.retryable = len(errors) == len(failures) and all(map(is_curable, errors))  # type: ignore[misc]
+        self.status = next((status for error in errors if (status := status_of(error)) is not None), None)
+        self.retry_after = next((asked for error in errors if (asked := asked_pause(error)) is not None), None)
 
 
 class StopExecution(RowmillError):  # noqa: N818 - the name that users of other orchestrators look for

@@ -10,19 +10,20 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from ..state.errors import ConfigError
-from .errors import AbandonedError, HandlerTimeoutError
+from .errors import AbandonedError, HandlerTimeoutError, NotStartedError
 
 T = TypeVar("T")
 
 
 class _Job:
-    __slots__ = ("abandoned", "call", "finished", "loop", "outcome", "started")
+    __slots__ = ("abandoned", "call", "finished", "loop", "outcome", "started", "started_at")
 
     def __init__(self, call: Callable[[], Any], loop: asyncio.AbstractEventLoop) -> None:
         self.call = call
         self.loop = loop
         self.outcome: asyncio.Future[Any] = loop.create_future()
         self.started = False
+        self.started_at = 0.0  # by the loop's clock, once it has
         self.finished = False
         self.abandoned = False
 
@@ -35,14 +36,16 @@ class BlockingPool:
 
     Args:
         threads: calls that run at once.
+        queue_seconds: how long a call with a time limit may wait for a thread.
         max_abandoned: threads that may hang in overrun calls before further calls with a time limit are refused.
     """
 
-    def __init__(self, threads: int = 8, max_abandoned: int = 32) -> None:
+    def __init__(self, threads: int = 8, max_abandoned: int = 32, queue_seconds: float = 60.0) -> None:
         if threads < 1:
             raise ConfigError("threads", threads, "give a number from 1")
         self._limit = threads
         self._max_abandoned = max_abandoned
+        self._queue_seconds = queue_seconds
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._threads = 0
@@ -57,11 +60,12 @@ class BlockingPool:
         Args:
             call: what to run.
             arguments: its arguments.
-            timeout: seconds from now, queueing included. After it the call goes on unwatched: Python cannot stop
-                a thread. Its result is thrown away and another thread takes its place.
+            timeout: seconds from when a thread takes it. After them the call goes on unwatched: Python cannot stop a
+                thread. Its result is thrown away and another thread takes its place.
 
         Raises:
             HandlerTimeoutError: it took longer.
+            NotStartedError: with a timeout, no thread took it within ``queue_seconds``.
             AbandonedError: ``max_abandoned`` threads hang already.
         """
         if timeout is not None and self.abandoned >= self._max_abandoned:
@@ -71,18 +75,19 @@ class BlockingPool:
         job = _Job(_bound(call, arguments), asyncio.get_running_loop())
         self._submit(job)
         try:
-            async with asyncio.timeout(timeout):
+            is_late = timeout is not None and await _is_late(job, timeout, self._queue_seconds)
+            if not is_late:
                 result: T = await job.outcome
-        except TimeoutError:
-            if not job.outcome.cancelled():
-                raise  # the handler's own TimeoutError, in time
-            self._abandon(job)
-            raise HandlerTimeoutError(f"no result within {timeout:g} s") from None
+                return result
         except asyncio.CancelledError:
-            if job.outcome.cancelled():  # else it is the handler's own, and its thread is free
+            if not job.outcome.done() or job.outcome.cancelled():  # else it is the handler's own
                 self._abandon(job)
             raise
-        return result
+        job.outcome.cancel()
+        self._abandon(job)
+        if job.started:
+            raise HandlerTimeoutError(f"no result within {timeout:g} s")
+        raise NotStartedError(f"no thread was free for {self._queue_seconds:g} s; other handlers hold all of them")
 
     def close(self) -> None:
         """Let idle threads end. Those that hang are daemons and end with the process."""
@@ -126,6 +131,7 @@ class BlockingPool:
                 skip = job is not None and job.abandoned
                 if job is not None:
                     self._untaken -= 1
+                    job.started_at = job.loop.time()
                     job.started = True
             if job is None or not (skip or self._run(job)):
                 break
@@ -148,6 +154,18 @@ class BlockingPool:
         except RuntimeError:  # the loop is closed: nobody waits for the answer
             return False
         return True
+
+
+async def _is_late(job: _Job, timeout: float, queue_seconds: float) -> bool:
+    """Wait for a job's end; True if it took longer than ``timeout`` since it began, or began too late."""
+    give_up = job.loop.time() + queue_seconds
+    while not job.outcome.done():
+        until = job.started_at + timeout if job.started else give_up
+        left = until - job.loop.time()
+        if left <= 0:
+            return True
+        await asyncio.wait({job.outcome}, timeout=min(left, timeout))
+    return False
 
 
 def _bound(call: Callable[..., T], arguments: tuple[Any, ...]) -> Callable[[], T]:

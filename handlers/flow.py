@@ -161,6 +161,10 @@ class Flow:
     def pause(self, flight: Flight, pause: Pause, policed: Policed, go_on: Callable[[Flight], None]) -> None:
         """Let a row wait, holding nothing; then ``go_on`` is called with it, unless it was given up meanwhile."""
         loop = asyncio.get_running_loop()
+        if self.is_closed:
+            if flight.trial is not None:
+                policed.abandon(flight.trial)
+            return
 
         def resume(*_: object) -> None:
             paused = self._paused.pop(flight, None)
@@ -189,6 +193,11 @@ class Flow:
         self._drop(flight)
         self._on_given_up([flight, *self._behind(flight)], None)
 
+    def give_up(self, flights: Sequence[Flight]) -> None:
+        """End rows undone, and those that wait for them: the session ends with one before them."""
+        for flight in flights:
+            self._on_given_up([flight, *self._behind(flight)], None)
+
     def _drop(self, flight: Flight) -> None:
         paused = self._paused.pop(flight)
         if paused.timer is not None:
@@ -204,6 +213,9 @@ class Flow:
 
     def start(self, work: Coroutine[Any, Any, None]) -> None:
         """Run part of a segment's work. An error in it is a bug of ours, and is raised by :meth:`check`."""
+        if self.is_closed:
+            work.close()
+            return
         task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._ended)
@@ -245,6 +257,8 @@ def _make_segment(
         return _Batches(flow, first, runtime, leave, linger)
     if first.is_plain:
         return _Plain(flow, stages, runtime, leave)
+    if first.stages:
+        return _Elements(flow, first, runtime, leave)
     return _PolicedLanes(flow, first, runtime, leave) if first.is_policed else _Lanes(flow, first, runtime, leave)
 
 
@@ -258,6 +272,8 @@ class _Segment(ABC):
 
     def enter(self, flight: Flight) -> None:
         """Queue a row; one that is done already (dropped, failed) only passes through."""
+        if self._flow.is_closed:  # a handler that swallowed its cancellation is through
+            return
         if flight.value is None or flight.value.__class__ is Failure:
             self._leave(flight)
             return
@@ -342,12 +358,16 @@ class _Lanes(_Segment):
 class _PolicedLanes(_Lanes):
     """The same, for a stage with policies."""
 
+    def __init__(self, flow: Flow, stage: Stage, runtime: Runtime, leave: Callable[[Flight], None]) -> None:
+        super().__init__(flow, stage, runtime, leave)
+        self._returned: deque[Flight] = deque()  # rows that have waited, in the order of their return; they go first
+
     async def _lane(self) -> None:
         queue, slots, flow, leave = self._queue, self._slots, self._flow, self._leave
-        policed = self._runtime.policed(self._stage)
+        policed, returned = self._runtime.policed(self._stage), self._returned
         try:
-            while queue and not flow.is_closed:
-                flight = queue.popleft()
+            while (returned or queue) and not flow.is_closed:
+                flight = returned.popleft() if returned else queue.popleft()
                 trial = flight.trial
                 if trial is None:
                     begun = self._begin(flight, policed)
@@ -401,14 +421,38 @@ class _PolicedLanes(_Lanes):
         self._leave(flight)
 
     def _come_back(self, flight: Flight) -> None:
-        self._queue.appendleft(flight)
+        self._returned.append(flight)
         self._wake()
 
     def close(self) -> None:
         """Give back what rows hold that wait for a lane again."""
-        for flight in self._queue:
+        for flight in self._returned:
             if flight.trial is not None:
                 self._runtime.policed(self._stage).abandon(flight.trial)
+
+
+class _Elements(_Segment):
+    """Rows through a stage that is made of stages: these have slots of their own, and a row may wait in there.
+
+    So each has a task, and nothing bounds them here but the worker's rows in work.
+    """
+
+    def __init__(self, flow: Flow, stage: Stage, runtime: Runtime, leave: Callable[[Flight], None]) -> None:
+        super().__init__(flow, leave)
+        self._stage = stage
+        self._runtime = runtime
+
+    def _wake(self) -> None:
+        while self._queue:
+            self._flow.start(self._run(self._queue.popleft()))
+
+    async def _run(self, flight: Flight) -> None:
+        value = flight.value
+        if value.__class__ is dict:
+            flight.value = await attempt(self._stage, value, flight.context, self._runtime)
+        else:
+            flight.value = await _attempt_all(self._stage, value, flight.context, self._runtime)
+        self._leave(flight)
 
 
 class _Batches(_Segment):
@@ -439,6 +483,8 @@ class _Batches(_Segment):
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
+        if self._flow.is_closed:
+            return
         size = self._stage.batch or 1
         lot = [self._queue.popleft() for _ in range(min(size, len(self._queue)))]
         if lot:
@@ -451,7 +497,7 @@ class _Batches(_Segment):
         else:
             async with self._slots:
                 await run_lots(self._stage, values, contexts, self._runtime)
-        _hand_on(lot, values, self._leave)
+        self._flow.give_up(_hand_on(lot, values, self._leave))
 
 
 def _columns(lot: Sequence[Flight]) -> tuple[list[Outcome], list[RowContext] | None]:

@@ -94,16 +94,24 @@ def failure_of(stage: Stage, error: BaseException, attempts: int = 1, then: Then
         ends = then or (inner.then if inner.then != "dead_letter" else stage.then_of(error))
         where = inner.where or ("" if inner.error is None else _where(inner.error))
         name = f"{stage.name}/{inner.stage}"
-        return replace(inner, stage=name, message=str(error), error=error, then=ends, where=where)
+        return replace(inner, stage=name, message=text_of(error), error=error, then=ends, where=where)
     return Failure(
         stage.name,
         str(getattr(error, "kind", "") if isinstance(error, RowmillError) else "") or type(error).__name__,
-        str(error) or repr(error),
+        text_of(error),
         attempts=attempts,
         where=_where(error),
         error=error,
         then=then or stage.then_of(error),
     )
+
+
+def text_of(error: BaseException) -> str:
+    """What an error says; its class where it says nothing, or cannot."""
+    try:
+        return str(error) or repr(error)
+    except Exception:  # noqa: BLE001 - a user's __str__ may raise anything
+        return f"{type(error).__name__} (which cannot be shown)"
 
 
 def _where(error: BaseException) -> str:

@@ -21,11 +21,11 @@ from ..state.model import Row
 from .breaker import Permit
 from .budget import Price, Reservation, price_of
 from .cache import Answer, Before, StageCache
-from .calls import await_call, raise_if_cancelled, raise_if_ours
+from .calls import await_call, is_being_cancelled, raise_if_cancelled, raise_if_ours
 from .context import NO_COST, RowContext
-from .errors import BreakerOpenError, HandlerTimeoutError, StopExecution
+from .errors import BreakerOpenError, HandlerTimeoutError, NotStartedError, StopExecution
 from .limits import Place
-from .outcomes import Failure, Outcome, checked, failure_of
+from .outcomes import RAISED, Failure, Outcome, checked, failure_of
 from .recovery import recover_async
 from .retry import retry_after_of
 from .runtime import Runtime
@@ -58,7 +58,7 @@ _FREE = Bill(NO_COST, 0)
 
 def charge(context: RowContext, attempt: RowContext | None, price: Decimal) -> Bill:
     """Put what an attempt cost on its row's account: what the handler reported, or else the price."""
-    if attempt is not None and attempt.has_reported:
+    if attempt is not None and (attempt.has_reported or attempt.cost or attempt.tokens):
         context.pay(attempt)
         return Bill(attempt.cost, attempt.tokens)
     if not price:
@@ -128,10 +128,11 @@ class RowWork:
 
     def arguments(self) -> tuple[Any, ...]:
         """The row, and a context of this attempt's own."""
+        row = dict(self.row) if self.stage.repeats and self.row.__class__ is dict else self.row
         if not self.stage.takes_context or self._context is None:
-            return (self.row,)
+            return (row,)
         self._attempt = self._context.fork()
-        return (self.row, self._attempt)
+        return (row, self._attempt)
 
     def accept(self, result: Any) -> Outcome:
         """The result, checked."""
@@ -217,14 +218,14 @@ class Policed:
                 return row
             if stage.input is not None:
                 row = stage.input.check(row)
-        except Exception as error:  # noqa: BLE001 - a user's condition or model may raise anything
+        except RAISED as error:  # a user's condition or model may raise anything
             return self._doomed(row, context, error)
         trial = Trial(RowWork(stage, row, context))
         if self._cache is None:
             return trial
         try:
             hit = self._ask_cache(self._cache, trial, row, context)
-        except Exception as error:  # noqa: BLE001 - a user's function of inputs may raise anything
+        except RAISED as error:  # a user's function of inputs may raise anything
             return self._doomed(row, context, error)
         return trial if hit is None else hit.outcome
 
@@ -258,9 +259,13 @@ class Policed:
 
         Nothing that the handler does wrong is raised.
         """
-        gate = self._admit(trial) if trial.failure is None else trial.failure
+        gate = self._late(trial) or trial.failure or self._admit(trial)
+        if isinstance(gate, Failure):
+            self._given_back(trial)
+            return await self._give_up(trial, gate)
         if gate is not None:
-            return gate if isinstance(gate, Pause) else await self._give_up(trial, gate)
+            self._lend_probe(trial)
+            return self._within_deadline(trial, gate)
         counts, clock = self._counts, self._clock
         started = clock.monotonic()
         if not trial.attempts:
@@ -275,7 +280,10 @@ class Policed:
             self._given_back(trial)
             raise_if_ours()
             return await self._failed(trial, error, clock.monotonic())
-        except (Exception, SystemExit) as error:  # noqa: BLE001 - a handler may raise anything
+        except (Exception, SystemExit) as error:
+            if is_being_cancelled():  # it turned its cancellation into another error
+                self._given_back(trial)
+                raise asyncio.CancelledError from error
             now = clock.monotonic()
             counts.seconds += now - started
             return await self._failed(trial, error, now)
@@ -401,6 +409,29 @@ class Policed:
             return failure_of(self.stage, error, trial.attempts)
         return None if trial.held is not None else Pause(None, cast("asyncio.Future[None]", account.changed()))
 
+    def _late(self, trial: Trial) -> Failure | None:
+        """The last failure, once the deadline of all attempts has passed while the next one waited."""
+        retry, last = self.stage.retry, trial.last_error
+        if retry is None or retry.deadline is None or last is None:
+            return None
+        if self._clock.monotonic() - trial.began < retry.deadline:
+            return None
+        return failure_of(self.stage, last, trial.attempts)
+
+    def _within_deadline(self, trial: Trial, pause: Pause) -> Pause:
+        """No wait beyond the deadline of all attempts."""
+        retry = self.stage.retry
+        if retry is None or retry.deadline is None or trial.last_error is None:
+            return pause
+        left = max(0.0, trial.began + retry.deadline - self._clock.monotonic())
+        return Pause(left if pause.seconds is None else min(left, pause.seconds), pause.until)
+
+    def _lend_probe(self, trial: Trial) -> None:
+        """A row that waits for something else must not keep the breaker's only probe."""
+        if trial.permit is not None and trial.permit.is_probe and self._breaker is not None:
+            self._breaker.given_back(trial.permit)
+            trial.permit = None
+
     def _time_left(self, trial: Trial, now: float) -> float | None:
         """How long this call may take."""
         limit, retry = self.stage.timeout, self.stage.retry
@@ -428,7 +459,9 @@ class Policed:
     async def _failed(self, trial: Trial, error: BaseException, now: float) -> Outcome | Pause:
         if isinstance(error, HandlerTimeoutError):
             self._counts.timeouts += 1
-        if self._breaker is not None and trial.permit is not None:
+        if isinstance(error, NotStartedError):
+            self._never_began(trial)
+        elif self._breaker is not None and trial.permit is not None:
             if isinstance(error, StopExecution):
                 self._breaker.given_back(trial.permit)
             else:
@@ -450,6 +483,16 @@ class Policed:
             self._counts.retries += 1
             return Pause(pause)
         return await self._give_up(trial, failure_of(self.stage, error, trial.attempts))
+
+    def _never_began(self, trial: Trial) -> None:
+        """No call was made: nothing is to pay, and it speaks for nobody."""
+        if self._breaker is not None and trial.permit is not None:
+            self._breaker.given_back(trial.permit)
+            trial.permit = None
+        if trial.held is not None and self.runtime.account is not None:
+            self.runtime.account.release(trial.held)
+            trial.held = None
+        trial.prices = None
 
     def _pause_after(self, trial: Trial, error: BaseException, now: float) -> float | None:
         retry = self.stage.retry

@@ -7,6 +7,7 @@ they say of themselves (``retryable``, an HTTP status), never by words in their 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -16,6 +17,8 @@ from typing import Any, TypeAlias
 from ..state.clock import Clock
 from ..state.errors import ConfigError
 from .options import check_count, check_seconds
+
+log = logging.getLogger(__name__)
 
 Errors: TypeAlias = "type[BaseException] | tuple[type[BaseException], ...] | Callable[[BaseException], bool]"
 """Which errors a policy is about: classes, or a function that judges one."""
@@ -103,12 +106,16 @@ def concerns(errors: Errors | None, error: BaseException, default: Callable[[Bas
         return default(error)
     if isinstance(errors, (tuple, type)):
         return isinstance(error, errors)
-    return bool(errors(error))
+    try:
+        return bool(errors(error))
+    except Exception:
+        log.exception("on= cannot judge %s; it is judged as by default", type(error).__name__)
+        return default(error)
 
 
 def is_curable(error: BaseException) -> bool:
     """Whether the same call may succeed later without anybody changing anything, as far as the error tells."""
-    says = getattr(error, "retryable", None)
+    says = _attribute(error, "retryable")
     if isinstance(says, bool):
         return says
     status = status_of(error)
@@ -124,9 +131,9 @@ def is_fault(error: BaseException) -> bool:
 
 def status_of(error: BaseException) -> int | None:
     """The HTTP status that an error of aiohttp, httpx, requests or the OpenAI client carries."""
-    response = getattr(error, "response", None)
+    response = _attribute(error, "response")
     for holder, name in ((error, "status"), (error, "status_code"), (response, "status_code"), (response, "status")):
-        value = getattr(holder, name, None)
+        value = _attribute(holder, name)
         if isinstance(value, int) and not isinstance(value, bool):
             return value
     return None
@@ -134,15 +141,25 @@ def status_of(error: BaseException) -> int | None:
 
 def retry_after_of(error: BaseException, now_ms: int) -> float | None:
     """Seconds for which an error asks to be left alone (``retry_after``, or a ``Retry-After`` header), from 0."""
-    asked: Any = getattr(error, "retry_after", None)
-    if asked is None:
-        for holder in (error, getattr(error, "response", None)):
-            headers = getattr(holder, "headers", None)
-            if headers is not None and hasattr(headers, "get"):
-                asked = headers.get("Retry-After") or headers.get("retry-after")
-            if asked is not None:
-                break
-    return _seconds(asked, now_ms)
+    return _seconds(asked_pause(error), now_ms)
+
+
+def asked_pause(error: BaseException) -> Any:
+    """The same as the error says it: a number, text, a date; None if it asks for nothing."""
+    asked: Any = _attribute(error, "retry_after")
+    for holder in (error, _attribute(error, "response")):
+        headers = _attribute(holder, "headers")
+        if asked is None and headers is not None and hasattr(headers, "get"):
+            asked = headers.get("Retry-After") or headers.get("retry-after")
+    return asked
+
+
+def _attribute(holder: Any, name: str) -> Any:
+    """An attribute of an error of somebody else's: a property may raise anything."""
+    try:
+        return getattr(holder, name, None)
+    except Exception:  # noqa: BLE001
+        return None
 
 
 def _seconds(asked: Any, now_ms: int) -> float | None:
@@ -155,13 +172,13 @@ def _seconds(asked: Any, now_ms: int) -> float | None:
         if isinstance(asked, datetime):
             return _until(asked, now_ms)
         seconds = float(asked)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         pass
     else:
         return max(0.0, seconds) if seconds < float("inf") else None
     try:
         return _until(parsedate_to_datetime(asked), now_ms)
-    except (TypeError, ValueError, IndexError):
+    except (TypeError, ValueError, IndexError, OverflowError, AttributeError, OSError):
         return None
 
 

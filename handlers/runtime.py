@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import sys
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -119,10 +120,13 @@ class Runtime:
         self._time_limits: dict[str, TimeLimit] = {}
 
     def slots(self, stage: Stage) -> asyncio.Semaphore:
-        """The stage's slots: how many of its calls may run at once, over all partitions."""
+        """The stage's slots: how many of its calls may run at once, over all partitions.
+
+        An element has no end of them: the stages inside it have their own.
+        """
         slots = self._slots.get(stage.name)
         if slots is None:
-            slots = self._slots[stage.name] = asyncio.Semaphore(stage.concurrency)
+            slots = self._slots[stage.name] = asyncio.Semaphore(sys.maxsize if stage.stages else stage.concurrency)
         return slots
 
     @property

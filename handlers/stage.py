@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import inspect
+from asyncio import CancelledError
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol, TypeAlias, cast
 
-from ..state.errors import ConfigError
+from ..state.codec import dumps
+from ..state.errors import BadRowError, ConfigError
 from ..state.model import Row
 from .breaker import CircuitBreaker
 from .budget import Price, checked_price
@@ -107,6 +109,11 @@ class Stage:
         return self.fallback is not None or isinstance(self.on_error, Mapping)
 
     @property
+    def repeats(self) -> bool:
+        """Whether a call may be followed by another with the same row: each gets a copy (of its fields, no deeper)."""
+        return self.retry is not None or (self.timeout is not None and not self.is_async)
+
+    @property
     def needs_context(self) -> bool:
         """Whether its rows need a RowContext, for the handler or for the engine's own notes."""
         return self.takes_context or self.is_policed or self.recovers or self.when is not None
@@ -197,6 +204,8 @@ def make_stage(
     gives = None if output is None else make_validator(output, side="result", setting="stage(output=)")
     if not isinstance(parse, bool) or (parse and (takes is None or frame)):
         raise ConfigError("stage(parse=)", parse, "give an input= schema as well, and no frame=")
+    if batch is not None and is_async(fallback) and (when is not None or takes is not None or gives is not None):
+        raise ConfigError("stage(fallback=)", fallback, "with batch= and when= or schemas, give a plain function")
     awaited, wants_context = is_async(handler), takes_context(handler, name)
     batch = batch or (1000 if frame else None)
     if executor == "process":
@@ -234,7 +243,7 @@ def make_stage(
 
 def _with_context(function: Handler | None, name: str) -> Handler | None:
     """A condition or fallback as a function of (row, ctx)."""
-    if function is None or takes_context(function, name):
+    if function is None or takes_context(function, name, f"stage({name}=)"):
         return function
     return lambda row, _: function(row)
 
@@ -285,7 +294,7 @@ def is_for(stage: Stage, row: Row, context: Any) -> bool:
         return True
     try:
         wanted = bool(stage.when(row, context))
-    except Exception as error:
+    except (Exception, SystemExit, CancelledError) as error:
         raise ConditionError(f"when= raised {type(error).__name__}: {error}") from error
     if not wanted and context is not None:
         context.runtime.counts(stage).passed_by += 1
@@ -323,8 +332,22 @@ def _check_ends(name: str, fallback: Any, on_error: Any, when: Any, breaker: Cir
         raise ConfigError("stage(on_error=)", on_error, "use 'dead_letter', 'skip', 'fail', or a dict of fields to set")
     if when is not None and (not callable(when) or is_async(when)):
         raise ConfigError("stage(when=)", when, "give a plain function of (row) or (row, ctx)")
+    if isinstance(on_error, Mapping):
+        _check_fields("stage(on_error=)", on_error)
+    if isinstance(fallback, Mapping):
+        _check_fields("stage(fallback=)", fallback)
     if breaker is not None and breaker.when_open == "fallback" and fallback is None:
         raise ConfigError("CircuitBreaker(when_open=)", "fallback", f"stage {name!r} has no fallback=; give it one")
+
+
+def _check_fields(setting: str, fields: Mapping[Any, Any]) -> None:
+    """Fields that are set in a row."""
+    if not all(isinstance(name, str) for name in fields):
+        raise ConfigError(setting, dict(fields), "the names of fields are text")
+    try:
+        dumps(dict(fields))
+    except (TypeError, ValueError, BadRowError):
+        raise ConfigError(setting, dict(fields), "give values that JSON has") from None
 
 
 def _retry(retry: Any) -> Retry | None:
@@ -350,7 +373,7 @@ def is_async(handler: Any) -> bool:
     return inspect.iscoroutinefunction(inspect.unwrap(handler)) or inspect.iscoroutinefunction(call)
 
 
-def takes_context(handler: Handler, name: str) -> bool:
+def takes_context(handler: Handler, name: str, setting: str = "stage(handler)") -> bool:
     """Whether a second argument is wanted: a required second one, or one called ``ctx`` or ``context``.
 
     Raises:
@@ -365,7 +388,6 @@ def takes_context(handler: Handler, name: str) -> bool:
     required = [p for p in positional if p.default is p.empty]
     takes_any = any(p.kind is p.VAR_POSITIONAL for p in parameters)
     if len(required) > 2 or keyword_only or (not positional and not takes_any):
-        raise ConfigError(
-            "stage(handler)", f"{name}{inspect.signature(handler)}", "a handler takes (row) or (row, ctx) and no more"
-        )
+        shown = f"{name}{inspect.signature(handler)}"
+        raise ConfigError(setting, shown, "a handler takes (row) or (row, ctx) and no more")
     return len(required) == 2 or (len(positional) > 1 and positional[1].name in {"ctx", "context"})

@@ -14,6 +14,7 @@ from rowmill.handlers.errors import (
     HandlerTimeoutError,
     LedgerError,
     MisfitError,
+    NotStartedError,
     ProcessDiedError,
     ResultSchemaError,
 )
@@ -64,7 +65,8 @@ def test_each_error_is_described(module: ModuleType) -> None:
 
 
 RETRYABLE = {
-    AbandonedError, BreakerOpenError, HandlerTimeoutError, LedgerError, ProcessDiedError, ResultSchemaError,
+    AbandonedError, BreakerOpenError, HandlerTimeoutError, LedgerError, NotStartedError, ProcessDiedError,
+    ResultSchemaError,
 }  # fmt: skip
 """Of handlers; what is outside of them may be better next time."""
 

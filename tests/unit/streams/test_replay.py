@@ -1,0 +1,553 @@
+"""Replay: what is planned, what a move leaves behind, and what becomes of it when it is interrupted."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from rowmill import Pipeline, Session, Worker, WorkerOptions
+from rowmill.state.checkpoint import CHECKPOINT_KEY, CheckpointRecord
+from rowmill.state.clock import SystemClock
+from rowmill.state.codec import dumps, loads
+from rowmill.state.errors import ConfigError
+from rowmill.state.memory import MemoryStores
+from rowmill.state.model import Committed, Outgoing, TopicPartition
+from rowmill.streams import replay as replay_module
+from rowmill.streams.cli import cmd_diff, cmd_replay
+from rowmill.streams.cli.parser import Parser
+from rowmill.streams.compare import ABSENT, compare
+from rowmill.streams.errors import (
+    BrokerError,
+    CheckpointError,
+    FencedError,
+    GroupBusyError,
+    SessionError,
+    TopicError,
+)
+from rowmill.streams.offset_times import (
+    Place,
+    parse_duration,
+    parse_moment,
+    parse_offsets,
+    parse_place,
+    parse_shift,
+    parse_topics,
+)
+from rowmill.streams.offsets import OffsetMap, encode_map
+from rowmill.streams.replay import Move, Replay, Target
+from rowmill.streams.side_replay import Asked, EarlyEnd, open_range, stored_range
+from support.fake_broker import FakeBroker
+
+T = TopicPartition
+LIVE = Session("p")
+CHANGELOG = "rowmill.p.in.changelog"
+
+pytestmark = pytest.mark.timeout(60)
+
+
+# --- what people write -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "milliseconds"),
+    [
+        ("P7D", 7 * 86_400_000),
+        ("PT1H30M", 5_400_000),
+        ("P1DT12H", 129_600_000),
+        ("PT0.5S", 500),
+        ("pt10s", 10_000),
+        ("+PT1M", 60_000),
+        ("PT0S", 0),
+    ],
+)
+def test_durations(text: str, milliseconds: int) -> None:
+    """Durations of days, hours, minutes and seconds are read as ISO 8601 has them."""
+    assert parse_duration("--by-duration", text) == milliseconds
+
+
+@pytest.mark.parametrize("text", ["", "P", "PT", "P1Y", "P1M", "1H", "-PT1H", "PT1H ", "P1DT", "PTS", "P99999999D"])
+def test_durations_that_are_none(text: str) -> None:
+    """Anything else is refused by the name of its option."""
+    with pytest.raises(ConfigError, match="--by-duration"):
+        parse_duration("--by-duration", text)
+
+
+@pytest.mark.parametrize(
+    ("text", "place"),
+    [
+        ("earliest", Place("earliest")),
+        ("end", Place("end")),
+        ("latest", Place("end")),
+        ("17", Place("offset", 17)),
+        ("2025-06-15T12:00:00Z", Place("time", 1_749_988_800_000)),
+        ("2025-06-15T14:00:00.250+02:00", Place("time", 1_749_988_800_250)),
+    ],
+)
+def test_places(text: str, place: Place) -> None:
+    """Ends, offsets and moments are told apart."""
+    assert parse_place("--from", text) == place
+
+
+@pytest.mark.parametrize("text", ["", "-1", "yesterday", "12:00", "²", "1" * 30])
+def test_places_that_are_none(text: str) -> None:
+    """Anything else is refused, also an offset that no log can have."""
+    with pytest.raises(ConfigError, match="--from"):
+        parse_place("--from", text)
+
+
+@pytest.mark.parametrize("text", ["1.5", "", "--3", "1" * 25, "9223372036854775808"])
+def test_shifts_that_are_none(text: str) -> None:
+    """A shift is a whole number that an offset can hold."""
+    with pytest.raises(ConfigError):
+        parse_shift("--shift-by", text)
+    assert (parse_shift("--shift-by", "+5"), parse_shift("--shift-by", "-5")) == (5, -5)
+
+
+def test_moments_before_1970_are_refused() -> None:
+    """No record is as old."""
+    with pytest.raises(ConfigError):
+        parse_moment("--to-datetime", "1960-01-01T00:00:00Z")
+
+
+def test_topics_with_partitions() -> None:
+    """Partitions add up, and a topic by itself means all of them."""
+    assert parse_topics("--topic", ["a:0,2", "a:1", "b"], ["a", "b"]) == {"a": frozenset({0, 1, 2}), "b": None}
+    for wrong in ("c", "a:", "a:x", "a:1,"):
+        with pytest.raises(ConfigError):
+            parse_topics("--topic", [wrong], ["a"])
+
+
+def test_offsets_of_a_file() -> None:
+    """Lines as Kafka's tool writes them; a wrong or doubled one is named by its number."""
+    lines = ["topic,partition,offset", "a,0,5", "", '"a",1,7']
+    assert parse_offsets("--from-file", "f.csv", lines) == {T("a", 0): 5, T("a", 1): 7}
+    for wrong in (["a,0"], ["a,0,-1"], ["a,0,1", "a,0,2"], ["a,x,1"], []):
+        with pytest.raises(ConfigError, match="--from-file"):
+            parse_offsets("--from-file", "f.csv", wrong)
+
+
+# --- planning --------------------------------------------------------------------------------------------------
+
+
+def broker_with(rows: int = 10, committed: Committed | None = None, partitions: int = 1) -> FakeBroker:
+    """A source ``in`` with rows in each partition, and what the live group committed in each."""
+    broker = FakeBroker()
+    for tp in broker.make("in", partitions):
+        broker.write(tp, *(dumps({"n": n}) for n in range(rows)))
+        if committed is not None:
+            broker.group_offsets.setdefault(LIVE.group, {})[tp] = committed
+    return broker
+
+
+def replaying(broker: FakeBroker, target: Target, **options: Any) -> Replay:
+    """A replay of the live session that waits for nothing long."""
+    return Replay(broker, LIVE, ["in"], target, options=WorkerOptions(broker_timeout=5), **options)
+
+
+AT_6 = Committed(6)
+MAP = Committed(4, encode_map(OffsetMap(4, 9, (4, 7))))  # 5, 6 and 8 are done as well
+
+
+@pytest.mark.parametrize(
+    ("target", "committed", "to", "again", "skipped"),
+    [
+        (Target("earliest"), AT_6, 0, 6, 0),
+        (Target("latest"), AT_6, 10, 0, 4),
+        (Target("current"), AT_6, 6, 0, 0),
+        (Target("offset", 2), AT_6, 2, 4, 0),
+        (Target("offset", 99), AT_6, 10, 0, 4),
+        (Target("shift", -2), AT_6, 4, 2, 0),
+        (Target("shift", -99), AT_6, 0, 6, 0),
+        (Target("shift", 3), AT_6, 9, 0, 3),
+        (Target("file", offsets={T("in", 0): 1}), AT_6, 1, 5, 0),
+        (Target("time", 1 << 60), AT_6, 10, 0, 4),
+        (Target("time", 0), AT_6, 0, 6, 0),
+        (Target("current"), MAP, 4, 3, 0),
+        (Target("earliest"), MAP, 0, 7, 0),
+        (Target("offset", 6), MAP, 6, 2, 1),
+        (Target("offset", 8), MAP, 8, 1, 2),
+        (Target("latest"), MAP, 10, 0, 3),
+        (Target("offset", 3), None, 3, 0, 3),
+        (Target("shift", -3), None, None, 0, 0),
+        (Target("current"), None, None, 0, 0),
+    ],
+)
+async def test_plans(target: Target, committed: Committed | None, to: int | None, again: int, skipped: int) -> None:
+    """Targets are clamped to the log; rows that the map knows as done count on the right side."""
+    broker = broker_with(10, committed)
+    before = dict(broker.group_offsets)
+    [move] = await replaying(broker, target).plan()
+    assert (move.to, move.run_again, move.skipped) == (to, again, skipped)
+    assert broker.group_offsets == before
+    assert not broker.starts, "a plan fences nobody"
+
+
+async def test_a_log_that_lost_its_beginning() -> None:
+    """Targets below retention are the first row, and rows that are gone count on neither side."""
+    broker = broker_with(10, Committed(1))
+    broker.truncate(T("in", 0), 4)
+    [move] = await replaying(broker, Target("offset", 2)).plan()
+    assert (move.before, move.to, move.run_again, move.skipped) == (1, 4, 0, 0)
+
+
+async def test_a_map_that_cannot_be_read() -> None:
+    """It is what a replay can mend: the plan says so, and the move discards it."""
+    broker = broker_with(10, Committed(4, "?"))
+    [move] = await replaying(broker, Target("current")).plan()
+    assert "cannot be read" in move.note
+    await replaying(broker, Target("current")).execute()
+    assert broker.group_offsets[LIVE.group][T("in", 0)] == Committed(4)
+
+
+async def test_what_is_not_there() -> None:
+    """An unknown source and an unknown partition are named; nothing is touched."""
+    broker = broker_with()
+    with pytest.raises(TopicError, match="'absent'"):
+        await Replay(broker, LIVE, ["absent"], Target("earliest")).plan()
+    with pytest.raises(ConfigError, match="in/7"):
+        await replaying(broker, Target("earliest"), only={"in": frozenset({7})}).plan()
+    with pytest.raises(ConfigError, match="in/3"):
+        await replaying(broker, Target("file", offsets={T("in", 3): 0})).plan()
+
+
+# --- moving ----------------------------------------------------------------------------------------------------
+
+
+def counting() -> Pipeline:
+    """Numbers rows by their key, from a table."""
+    pipeline = Pipeline("p", source="in", sink="out").table("counts")
+
+    @pipeline.stage
+    def number(row: dict[str, Any], ctx: Any) -> dict[str, Any]:
+        table = ctx.table("counts")
+        table.put("all", table.get("all", 0) + 1)
+        return {**row, "number": table.get("all")}
+
+    return pipeline
+
+
+async def work(broker: FakeBroker, stores: MemoryStores, pipeline: Pipeline | None = None) -> Worker:
+    """A live worker to the present end."""
+    worker = Worker(pipeline or counting(), broker, stores=stores, options=WorkerOptions(broker_timeout=5))
+    worker.finish_at(await broker.offsets(broker.partitions("in"), "high_watermark"))
+    async with asyncio.timeout(20):
+        await worker.run()
+    return worker
+
+
+def numbers(broker: FakeBroker, topic: str = "out") -> list[tuple[int, int]]:
+    """Row and number of each result, as they came."""
+    return [(row["n"], row["number"]) for row in (loads(value) for value in broker.values(topic) if value)]
+
+
+def last_record(broker: FakeBroker, partition: int = 0) -> CheckpointRecord:
+    """The changelog's newest checkpoint."""
+    records = [r for r in broker.records(CHANGELOG) if r.partition == partition and r.key == CHECKPOINT_KEY]
+    return CheckpointRecord.decode(records[-1].value or b"")
+
+
+@pytest.mark.parametrize(
+    ("state", "expected"), [("keep", [(2, 5), (3, 6)]), ("reset", [(2, 1), (3, 2)])], ids=["keep", "reset"]
+)
+@pytest.mark.parametrize("disk", ["kept", "lost"])
+async def test_rows_run_again(state: Any, expected: list[tuple[int, int]], disk: str) -> None:
+    """The rows behind the target run once more, on tables as they were or emptied, whatever the disk remembers."""
+    broker, stores = broker_with(4), MemoryStores()
+    await work(broker, stores)
+    assert numbers(broker) == [(0, 1), (1, 2), (2, 3), (3, 4)]
+    former = last_record(broker)
+    execution = await replaying(broker, Target("offset", 2), state=state).execute()
+    assert [(move.to, move.run_again) for move in execution.moved] == [(2, 2)]
+    record = last_record(broker)
+    assert record.agrees_with(Committed(2))
+    assert record.counts == former.counts
+    assert (record.generation == former.generation) == (state == "keep")
+    worker = await work(broker, stores if disk == "kept" else MemoryStores())
+    assert worker.stats.rows == 2
+    assert numbers(broker)[4:] == expected
+    assert last_record(broker).counts["rows"] == 6, "rows that run again count again"
+
+
+async def test_a_session_that_never_ran() -> None:
+    """Its position can be set before its first worker, which begins there."""
+    broker = broker_with(4)
+    execution = await replaying(broker, Target("offset", 3)).execute()
+    assert [move.to for move in execution.moved] == [3]
+    await work(broker, MemoryStores())
+    assert numbers(broker) == [(3, 1)]
+
+
+async def test_a_group_that_forgot() -> None:
+    """Where a worker refuses to start because the offsets expired, a replay is the remedy."""
+    broker, stores = broker_with(4), MemoryStores()
+    await work(broker, stores)
+    broker.group_offsets.clear()
+    with pytest.raises(CheckpointError):
+        await work(broker, stores)
+    await replaying(broker, Target("offset", 3)).execute()
+    await work(broker, stores)
+    assert numbers(broker)[4:] == [(3, 5)]
+
+
+async def test_a_source_that_was_made_anew() -> None:
+    """The row by which the old topic was known is forgotten, so that a worker takes the new one."""
+    broker, stores = broker_with(4), MemoryStores()
+    await work(broker, stores)
+    await broker.delete_topics(["in"])
+    broker.make("in", 1)
+    broker.write(T("in", 0), dumps({"n": 9}))
+    await replaying(broker, Target("earliest"), state="reset").execute()
+    assert last_record(broker).witness is None
+    await work(broker, stores)
+    assert numbers(broker)[4:] == [(9, 1)]
+
+
+async def test_a_zombie_is_fenced() -> None:
+    """Whoever still holds a transaction of the partition cannot end it any more."""
+    broker = broker_with(4, Committed(2))
+    broker.make(CHANGELOG, 1)
+    zombie = broker.transactional_producer(LIVE.transactional_id(T("in", 0)))
+    await zombie.start()
+    await zombie.begin()
+    await zombie.commit_offsets(LIVE.group, {T("in", 0): Committed(4)})
+    await replaying(broker, Target("earliest")).execute()
+    with pytest.raises(FencedError):
+        await zombie.end()
+    assert broker.group_offsets[LIVE.group][T("in", 0)] == Committed(0)
+
+
+async def test_a_running_worker_keeps_a_replay_out() -> None:
+    """With a member in the group nothing moves, and the error says what to do; the worker goes on."""
+    broker = broker_with(4, partitions=2)
+    pipeline = Pipeline("p", source="in", sink="out")
+    pipeline.add(lambda row: {**row, "number": 0}, name="same")
+    worker = Worker(pipeline, broker, options=WorkerOptions(broker_timeout=5))
+    running = asyncio.create_task(worker.run())
+    async with asyncio.timeout(20):
+        while worker.stats.rows < 8:
+            await asyncio.sleep(0.01)
+        offsets = dict(broker.group_offsets[LIVE.group])
+        with pytest.raises(GroupBusyError, match="Stop the workers"):
+            await replaying(broker, Target("earliest")).execute()
+        assert broker.group_offsets[LIVE.group] == offsets
+        broker.write(T("in", 1), dumps({"n": 4}))
+        while worker.stats.rows < 9:
+            await asyncio.sleep(0.01)
+        worker.stop()
+        await running
+
+
+@pytest.mark.parametrize("target", [Target("shift", -2), Target("offset", 3)], ids=["shift", "offset"])
+async def test_an_execution_that_was_interrupted(monkeypatch: pytest.MonkeyPatch, target: Target) -> None:
+    """Run again, it moves those partitions that it had not: none is shifted twice; and a third time shifts anew."""
+    broker = broker_with(10, Committed(6), partitions=4)
+    honest = replay_module.Transactor.commit
+    commits = 0
+
+    async def dying(self: Any, *args: Any) -> Any:
+        nonlocal commits
+        commits += 1
+        if commits > 2:
+            raise BrokerError("killed")
+        return await honest(self, *args)
+
+    monkeypatch.setattr(replay_module.Transactor, "commit", dying)
+    execution = await replaying(broker, target).execute()
+    assert (len(execution.moved), len(execution.failed)) == (2, 2)
+    monkeypatch.undo()
+
+    def positions() -> set[int]:
+        return {offset.offset for offset in broker.group_offsets[LIVE.group].values()}
+
+    goal = 4 if target.how == "shift" else 3
+    assert positions() == {6, goal}
+    plan = await replaying(broker, target).plan()
+    assert {move.to for move in plan} == {goal}
+    execution = await replaying(broker, target).execute()
+    assert not execution.failed
+    assert positions() == {goal}
+    await replaying(broker, target).execute()
+    assert positions() == {2 if target.how == "shift" else 3}
+
+
+async def test_one_partition_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The others move, and the failed one is told with its reason."""
+    broker = broker_with(4, Committed(2), partitions=3)
+    broker.make(CHANGELOG, 3)
+    broker.write(T(CHANGELOG, 1), b'{"version": 99}', key=CHECKPOINT_KEY)
+    execution = await replaying(broker, Target("earliest")).execute()
+    assert [move.tp.partition for move in execution.moved] == [0, 2]
+    assert list(execution.failed) == [T("in", 1)]
+
+
+@pytest.mark.parametrize("took_effect", [True, False])
+async def test_a_commit_whose_end_is_unknown(took_effect: bool) -> None:
+    """Whether an unanswered commit took effect or not, the partition moves exactly once."""
+    broker = broker_with(10, Committed(6))
+    broker.inject("end", BrokerError("no answer"), took_effect=took_effect)
+    execution = await replaying(broker, Target("shift", -2)).execute()
+    assert not execution.failed
+    assert broker.group_offsets[LIVE.group][T("in", 0)] == Committed(4)
+    assert sum(record.key == CHECKPOINT_KEY for record in broker.records(CHANGELOG)) == 1
+
+
+# --- on the side -----------------------------------------------------------------------------------------------
+
+
+async def run_side(broker: FakeBroker, session: Session, asked: Asked) -> Worker:
+    """A side replay to the end of its range."""
+    options = WorkerOptions(broker_timeout=5)
+    ranges = await open_range(broker, session, ["in"], asked, has_tables=True, options=options)
+    ends = {tp: end for tp, (_, end) in ranges.items()}
+    worker = Worker(counting(), EarlyEnd(broker, ends), session=session, stores=MemoryStores(), options=options)
+    worker.finish_at(ends)
+    async with asyncio.timeout(20):
+        await worker.run()
+    return worker
+
+
+async def test_a_side_session_runs_its_range_only() -> None:
+    """Rows of the range run, none behind it; the live group's offsets and topics are as before."""
+    broker = broker_with(10, Committed(6), partitions=2)
+    before = dict(broker.group_offsets[LIVE.group])
+    side = Session("p", "fix")
+    asked = Asked(Place("offset", 3), Place("offset", 7), {"in": frozenset({1})}, text="x")
+    worker = await run_side(broker, side, asked)
+    assert worker.stats.rows == 4
+    assert numbers(broker, "out.fix") == [(3, 1), (4, 2), (5, 3), (6, 4)]
+    assert broker.group_offsets[LIVE.group] == before
+    assert broker.group_offsets[side.group] == {T("in", 0): Committed(0), T("in", 1): Committed(7)}
+    assert "out" not in await broker.topics()
+    assert await stored_range(broker, side, ["in"]) == {T("in", 0): (0, 0), T("in", 1): (3, 7)}
+
+
+async def test_a_range_stays_as_it_was_fixed() -> None:
+    """Gone on with, a session ends where it was to end at first, though more rows have come; another range is refused."""
+    broker = broker_with(4)
+    side = Session("p", "fix")
+    await open_range(broker, side, ["in"], Asked(text="earliest end []"), has_tables=True)
+    broker.write(T("in", 0), dumps({"n": 4}))
+    worker = await run_side(broker, side, Asked())
+    assert worker.stats.rows == 4
+    with pytest.raises(SessionError, match="another range"):
+        await run_side(broker, side, Asked(Place("offset", 2), text="2 end []"))
+
+
+@pytest.mark.parametrize("kind", ["worker", "run", "live", "unreadable"])
+async def test_names_that_are_taken(kind: str) -> None:
+    """A session that is something else is not touched."""
+    broker = broker_with(4)
+    side = Session("p", "live" if kind == "live" else "fix")
+    if kind == "worker":
+        broker.group_offsets[side.group] = {T("in", 0): Committed(1)}
+    if kind == "run":
+        broker.group_offsets[side.publisher_id] = {T("in.fix", 0): Committed(1, "{}")}
+    if kind == "unreadable":
+        broker.group_offsets[side.publisher_id] = {T("in", 0): Committed(1, "{}")}
+    with pytest.raises((SessionError, ConfigError, CheckpointError), match="another"):
+        await open_range(broker, side, ["in"], Asked(), has_tables=False)
+
+
+# --- comparing -------------------------------------------------------------------------------------------------
+
+
+def results(broker: FakeBroker, topic: str, session: str, rows: Mapping[str, Any]) -> None:
+    """Put results into a sink, by their source."""
+    if topic not in broker._topics:
+        broker.make(topic, 1)
+    made = [
+        Outgoing(None, dumps(value), 0, (("rowmill.source", place.encode()), ("rowmill.session", session.encode())))
+        for place, value in rows.items()
+    ]
+    broker.log(T(topic, 0)).append(T(topic, 0), made)
+
+
+async def test_what_two_sessions_have_in_common() -> None:
+    """Equal, changed and missing results are told apart, by place; the last of a row that ran again counts."""
+    broker = FakeBroker()
+    results(broker, "out", "live", {"in/0/0/0": {"a": 1, "b": 2}, "in/0/1/0": {"a": 1}, "in/0/10/0": {"a": 0}})
+    results(broker, "out", "live", {"in/0/10/0": {"a": True}, "in/1/2/0": 5})
+    results(broker, "out.fix", "fix", {"in/1/2/0": 5, "in/0/10/0": {"a": 1, "c": 3}, "in/0/0/0": {"b": 2.0, "a": 1}})
+    results(broker, "out.fix", "fix", {"in/0/0/1": {"a": 2}})
+    found = await compare(broker, "out", LIVE, Session("p", "fix"))
+    assert (found.equal, found.changed, found.only_a, found.only_b) == (2, 1, 1, 1)
+    assert (found.again_a, found.again_b) == (1, 0)
+    assert [(shown.kind, shown.place) for shown in found.shown] == [
+        ("only_b", "in/0/0/1"),
+        ("only_a", "in/0/1/0"),
+        ("changed", "in/0/10/0"),
+    ]
+    assert found.shown[2].fields == {"a": (True, 1), "c": (ABSENT, 3)}
+    few = await compare(broker, "out", LIVE, Session("p", "fix"), limit=1)
+    assert (few.differences, len(few.shown)) == (3, 1)
+    with pytest.raises(SessionError, match=r"out\.no"):
+        await compare(broker, "out", LIVE, Session("p", "no"))
+
+
+async def test_only_the_range_is_compared() -> None:
+    """Live results outside of a side replay's range are no differences."""
+    broker = broker_with(10)
+    await work(broker, MemoryStores())
+    side = Session("p", "fix")
+    await run_side(broker, side, Asked(Place("offset", 4), Place("offset", 6), text="x"))
+    found = await compare(broker, "out", LIVE, side)
+    assert (found.equal, found.changed, found.only_a, found.only_b, found.ranges) == (0, 2, 0, 0, True)
+
+
+# --- the command line ------------------------------------------------------------------------------------------
+
+
+def parse(*words: str) -> argparse.Namespace:
+    """The arguments of a command line."""
+    parser = Parser(prog="rowmill")
+    commands = parser.add_subparsers(dest="command")
+    for command in (cmd_replay, cmd_diff):
+        command.add_parser(commands)
+    return parser.parse(words)
+
+
+@pytest.mark.parametrize(
+    ("words", "setting"),
+    [
+        ([], "where to go"),
+        (["--to-earliest", "--from", "3"], "--from"),
+        (["--to-earliest", "--no-cache"], "--no-cache"),
+        (["--to-earliest", "--session", "x"], "--session"),
+        (["--to-earliest", "--state", "rebuild"], "rebuild"),
+        (["--side", "--to-earliest"], "--side"),
+        (["--side", "--execute"], "--execute"),
+        (["--side", "--state", "reset"], "--state"),
+        (["--side", "--session", "live"], "live"),
+        (["--side", "--source", "in"], "--source"),
+        (["--source", "in", "--to-offset", "x"], "--to-offset"),
+        (["--source", "in", "--to-datetime", "noon"], "--to-datetime"),
+        (["--source", "in", "--by-duration", "1h"], "--by-duration"),
+        (["--source", "in", "--shift-by", "1.5"], "--shift-by"),
+        (["--source", "in", "--from-file", "absent.csv"], "absent.csv"),
+    ],
+)
+def test_misuse(words: list[str], setting: str) -> None:
+    """Options that do not go together, or mean nothing, are named before anything is connected to."""
+    args = parse("replay", "p", *words)
+    with pytest.raises(Exception, match=setting) as raised:
+        args.main(args)
+    assert type(raised.value).__name__ in {"ConfigError", "InputError"}
+
+
+def test_two_targets_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    """Exactly one place to go."""
+    with pytest.raises(SystemExit):
+        parse("replay", "p", "--to-earliest", "--to-latest")
+    assert "not allowed with" in capsys.readouterr().err
+    assert parse("replay", "p", "--shift-by", "-100").shift == "-100"
+
+
+def test_moves_can_be_compared() -> None:
+    """Plans are values."""
+    move = Move(T("in", 0), 3, 1, run_again=2)
+    assert replace(move, note="") == move
+    assert SystemClock().now_ms() > 0
