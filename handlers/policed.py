@@ -24,7 +24,7 @@ from .cache import Answer, Before, StageCache
 from .calls import await_call, is_being_cancelled, raise_if_cancelled, raise_if_ours
 from .context import NO_COST, RowContext
 from .errors import BreakerOpenError, HandlerTimeoutError, NotStartedError, StopExecution
-from .limits import Place
+from .limits import Ticket
 from .outcomes import RAISED, Failure, Outcome, checked, failure_of
 from .recovery import recover_async
 from .retry import retry_after_of
@@ -38,12 +38,22 @@ class Pause(NamedTuple):
     seconds: float | None
     until: asyncio.Future[Any] | None = None
 
-    async def wait(self, runtime: Runtime) -> None:
-        """Wait here, for those that have nothing better to do."""
-        if self.until is None:
-            await runtime.clock.sleep(self.seconds or 0.0)
-            return
-        await asyncio.wait({self.until}, timeout=self.seconds)
+    async def wait(self, runtime: Runtime) -> bool:
+        """Wait here, for those that have nothing better to do; False if the session ends first."""
+        if not runtime.may_wait(self.seconds):
+            return False
+        ending = asyncio.ensure_future(runtime.ending.wait())
+        pause = asyncio.ensure_future(runtime.clock.sleep(self.seconds)) if self.seconds is not None else None
+        waited = {future for future in (pause, self.until) if future is not None}
+        try:
+            await asyncio.wait({*waited, ending}, return_when=asyncio.FIRST_COMPLETED)
+            if not any(future.done() for future in waited) and runtime.may_wait(self.seconds):
+                await asyncio.wait(waited, return_when=asyncio.FIRST_COMPLETED)
+            return any(future.done() for future in waited)
+        finally:
+            ending.cancel()
+            if pause is not None:
+                pause.cancel()
 
 
 class Bill(NamedTuple):
@@ -167,7 +177,7 @@ class Trial:
 
     __slots__ = (
         "answering", "attempts", "before", "began", "failure", "held", "key", "last_error", "permit",
-        "place", "prices", "units", "work",
+        "prices", "ticket", "units", "work",
     )  # fmt: skip
 
     def __init__(self, work: Work) -> None:
@@ -175,7 +185,8 @@ class Trial:
         self.attempts = 0
         self.began = 0.0
         self.permit: Permit | None = None
-        self.place: Place | None = None
+        self.ticket: Ticket | None = None
+        """While it waits for a limit's turn."""
         self.units = 0.0
         self.failure: Failure | None = None
         """What it failed with before any call."""
@@ -307,6 +318,7 @@ class Policed:
     def abandon(self, trial: Trial) -> None:
         """The row will not go on here."""
         self._given_back(trial)
+        self._leave_queue(trial)
         self._leave_cache(trial)
         if trial.answering is not None and self._cache is not None:
             self._cache.flights.abandon(*trial.answering)
@@ -364,11 +376,16 @@ class Policed:
         if breaker is not None and (trial.permit is None or not breaker.holds(trial.permit)):
             trial.permit = breaker.admit()
             if trial.permit is None:
-                return self._at_open_breaker(trial)
-        gate = self._take_place(trial) if self._limiter is not None else None
-        if gate is None and self.stage.price is not None:
-            gate = self._reserve(trial, self.stage.price)
-        return gate
+                return self._stand_aside(trial, self._at_open_breaker(trial))
+        # A limit's turn is used last, when nothing is in the way any more; money is not set aside while one waits for it.
+        if self._limiter is not None and (gate := self._wait_for_turn(trial)) is not None:
+            return gate
+        if self.stage.price is not None and (gate := self._reserve(trial, self.stage.price)) is not None:
+            return self._stand_aside(trial, gate)
+        if self._limiter is not None:
+            self._limiter.begin(trial.units, trial.ticket)
+            trial.ticket = None
+        return None
 
     def _at_open_breaker(self, trial: Trial) -> Pause | Failure:
         breaker = self._breaker
@@ -382,17 +399,31 @@ class Policed:
         error = BreakerOpenError(f"the circuit breaker {name!r} is open; probes in {left:.0f} s{last}")
         return failure_of(self.stage, error, trial.attempts)
 
-    def _take_place(self, trial: Trial) -> Pause | Failure | None:
-        limiter = self._limiter
+    def _wait_for_turn(self, trial: Trial) -> Pause | Failure | None:
+        limiter, ticket = self._limiter, trial.ticket
         assert limiter is not None  # noqa: S101 - the caller has looked
-        if trial.place is None:
+        if ticket is None:
             try:
-                trial.units = sum(limiter.units_of(row) for row in trial.work.rows)
+                trial.units = limiter.units_of_all(trial.work.rows)
             except Exception as error:  # noqa: BLE001 - the user's function may raise anything
                 return failure_of(self.stage, error, trial.attempts)
-            trial.place = limiter.take(trial.units)
-        wait = limiter.wait(trial.place)
-        return Pause(wait) if wait else None
+            if limiter.is_free(trial.units):
+                return None
+            ticket = trial.ticket = limiter.ticket(trial.units)
+        turn = limiter.turn(ticket)
+        return None if turn is None else Pause(turn.seconds, turn.until)
+
+    def _stand_aside(self, trial: Trial, gate: Pause | Failure) -> Pause | Failure:
+        """Something else is in the way of a call whose turn it may be: others of the limit go first meanwhile."""
+        if self._limiter is not None and trial.ticket is not None:
+            self._limiter.stand_aside(trial.ticket)
+        return gate
+
+    def _leave_queue(self, trial: Trial) -> None:
+        """It will make no call: it keeps no place in the limit's queue."""
+        if self._limiter is not None and trial.ticket is not None:
+            ticket, trial.ticket = trial.ticket, None
+            self._limiter.leave(ticket)
 
     def _reserve(self, trial: Trial, price: Price) -> Pause | Failure | None:
         """Set aside what the call may cost; without money, wait for some."""
@@ -445,10 +476,8 @@ class Policed:
     def _settle(self, trial: Trial) -> None:
         """A call is over: count what it cost, and take what it really used."""
         bill = trial.work.bill(trial.prices or ())
-        if self._limiter is not None:
-            if bill.tokens:
-                self._limiter.settle(trial.units, bill.tokens)
-            trial.place = None
+        if self._limiter is not None and bill.tokens:
+            self._limiter.settle(trial.units, bill.tokens)
         if trial.held is not None and self.runtime.account is not None:
             self.runtime.account.settle(trial.held, bill.cost)
             trial.held = None
@@ -502,6 +531,7 @@ class Policed:
 
     async def _give_up(self, trial: Trial, failure: Failure) -> Outcome:
         self._counts.failures += 1
+        self._leave_queue(trial)
         self._leave_cache(trial)
         outcome = await trial.work.recover(failure, self.runtime)
         if not isinstance(outcome, Failure):
@@ -535,7 +565,17 @@ async def persist(policed: Policed, trial: Trial) -> Outcome:
                 outcome = seen
             if not isinstance(outcome, Pause):
                 return outcome
-            await outcome.wait(runtime)
+            if not await outcome.wait(runtime):
+                policed.abandon(trial)
+                return await trial.work.recover(given_up(policed.stage, trial.attempts), runtime)
     except BaseException:
         policed.abandon(trial)
         raise
+
+
+GIVEN_UP = "given_up"
+
+
+def given_up(stage: Stage, attempts: int) -> Failure:
+    """A row that waits while the session ends: it stays undone."""
+    return Failure(stage.name, GIVEN_UP, "the session ends while the row waits", attempts, then="stop")

@@ -112,6 +112,8 @@ class Runtime:
         self._caches: dict[str, StageCache] = {}
         self.listeners: list[Callable[[Event], object]] = [_log]
         """Told of every event; one that raises is logged, and harms nobody."""
+        self._ending: asyncio.Event | None = None
+        self._ends_at: float | None = None
         self._slots: dict[str, asyncio.Semaphore] = {}
         self._counts: dict[str, StageCounts] = {}
         self._breakers: dict[str, Breaker] = {}
@@ -137,6 +139,24 @@ class Runtime:
 
             self._processes = ProcessPool(self._process_count)
         return self._processes
+
+    def end(self, seconds: float) -> None:
+        """The session ends within so many seconds: rows that wait for longer are given up, now and from now on."""
+        self._ends_at = self.clock.monotonic() + seconds
+        self.ending.set()
+
+    @property
+    def ending(self) -> asyncio.Event:
+        """Set once the session ends."""
+        if self._ending is None:
+            self._ending = asyncio.Event()
+        return self._ending
+
+    def may_wait(self, seconds: float | None) -> bool:
+        """Whether a row may wait for so long; None: nobody knows how long."""
+        if self._ends_at is None:
+            return True
+        return seconds is not None and self.clock.monotonic() + seconds < self._ends_at
 
     def at_close(self, closer: Callable[[], Awaitable[None]]) -> None:
         """Have something closed with the worker: connections of components, say."""

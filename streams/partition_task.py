@@ -443,6 +443,8 @@ class PartitionTask:
     def _begin(self, taken: Sequence[Record], condemned: Failure | None = None) -> None:
         """Send rows into the flow, but those that the last owner completed, and those that are none."""
         assert self._flow is not None  # noqa: S101 - the caller is the flow's loop
+        if self._draining:  # since they were taken: the row before them in their key may have been given up
+            return
         places = self._tracker.take([record.offset for record in taken])
         if len(places) < len(taken):
             done = len(taken) - len(places)

@@ -153,6 +153,7 @@ class Processor:
     ) -> None:
         self._tables = tables
         self._row_by_row = chain.is_row_by_row
+        self._has_policies = any(stage.is_policed or stage.stages for stage in chain.stages)
         self._pipeline = pipeline
         self._chain = chain
         self._session = session
@@ -185,8 +186,12 @@ class Processor:
 
     @property
     def fixed_lots(self) -> bool:
-        """Whether lots must stay at ``least_rows``, because rows of one lot do not see each other's table writes."""
-        return self._tables is not None and not self._row_by_row
+        """Whether lots must stay at ``least_rows``.
+
+        Rows of one lot do not see each other's table writes; and where one waits for a policy, those before it in its
+        lot would wait to be committed, or be paid for again.
+        """
+        return self._has_policies or (self._tables is not None and not self._row_by_row)
 
     async def process(self, records: Sequence[Record]) -> Effects:
         """The effects of these records, all of them, in order. Only a bug or cancellation raises.

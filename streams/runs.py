@@ -35,7 +35,7 @@ from .partitioning import partition_for
 from .progress import progress_bar
 from .results import CostEstimate, ErrorInfo, ExecutionResult, ProcessingStats
 from .session import INPUT_ERROR_HEADER, INPUT_ROW_HEADER, SOURCE_HEADER, Session
-from .worker import Worker
+from .worker import Worker, WorkerStats
 
 log = logging.getLogger(__name__)
 
@@ -69,6 +69,8 @@ class RunOutcome:
     errors: list[ErrorInfo] = field(default_factory=list)
     sorter: Sorter = field(default_factory=Sorter)
     context: ExecutionContext | None = None
+    stats: WorkerStats | None = None
+    """What this attempt did, where the session's context tells of more than its rows: a live one's."""
     stages: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Counts of stages with policies, of this attempt."""
     stopped_by: Failure | None = None
@@ -84,11 +86,15 @@ class RunOutcome:
     @property
     def skipped(self) -> int:
         """Rows that failed in a stage that says to leave them out."""
+        if self.stats is not None:
+            return self.stats.skipped
         return self.context.skipped_rows if self.context is not None else 0
 
     @property
     def defaulted(self) -> int:
         """Rows that went on with a fallback."""
+        if self.stats is not None:
+            return self.stats.defaulted
         return self.context.defaulted_rows if self.context is not None else 0
 
     @property
@@ -99,7 +105,7 @@ class RunOutcome:
     @property
     def done(self) -> int:
         """Rows that are done: all, unless a row ended the session."""
-        if self.stopped_by is None or self.context is None:
+        if self.stopped_by is None or self.context is None or self.stats is not None:
             return self.rows
         return min(self.rows, self.context.completed_rows)
 
@@ -322,6 +328,7 @@ class BoundedRun:
         self._worker: Worker | None = None
         self._interrupted = False
         self._total = rows.total if rows is not None else None
+        self._published = 0
         self._before = 0  # rows that earlier attempts committed; with Kafka's markers among them, so never exact
 
     async def execute(self) -> RunOutcome:
@@ -375,6 +382,7 @@ class BoundedRun:
             publishing = asyncio.create_task(self._publish(publisher, partitions, worker))
             await self._work(worker, publishing)
         finally:
+            self._published = publisher.published
             await publisher.close()
         return worker.stats.rows
 
@@ -472,10 +480,11 @@ class BoundedRun:
             outcome.errors += [describe_error(r) for r in records[: KEPT_ERRORS - len(outcome.errors)]]
         outcome.errors.sort(key=lambda error: (error.row_index is None, error.row_index))
         if self.session.owns_source:
-            outcome.rows = self._total or 0
+            outcome.rows = self._total if self._total is not None else self._published
             outcome.side_topics = await self._side_topics(set(outcome.topics.values()))
         else:
-            outcome.rows = self._worker.stats.rows if self._worker else 0
+            outcome.stats = self._worker.stats if self._worker else None
+            outcome.rows = outcome.stats.rows if outcome.stats else 0
         outcome.context = await session_context(
             self._broker, self.session, sources, self._options.broker_timeout, self._clock
         )

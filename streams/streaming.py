@@ -66,6 +66,7 @@ class StreamingResult:
         self.failed = 0
         self.skipped = 0
         self.defaulted = 0
+        self.stopped: str | None = None
         self.errors: list[ErrorInfo] = []
         self.session = ""
         self.topics: dict[str, str] = {}
@@ -87,7 +88,7 @@ class StreamingResult:
             processed_rows=self.processed,
             failed_rows=self.failed,
             skipped_rows=self.skipped,
-            dropped_rows=self.rows - self.processed - self.failed - self.skipped,
+            dropped_rows=max(0, self.rows - self.processed - self.failed - self.skipped),
             defaulted_rows=self.defaulted,
             results=self._results,
             rows_per_second=self.rows / seconds if seconds else 0.0,
@@ -102,6 +103,7 @@ class StreamingResult:
             topics=self.topics,
             start_time=self._started,
             end_time=ended,
+            stopped=self.stopped,
         )
 
 
@@ -249,7 +251,7 @@ class _Engine:
             await self._start()
         chunk = await self._completed_chunk()
         if chunk is None:
-            return None
+            return await self._rest()
         before, self._result.rows = self._result.rows, chunk
         await self._read_outputs()
         mine = sorted(result for result in self._held if result.row < chunk)
@@ -257,6 +259,18 @@ class _Engine:
         self._result.processed += len({result.row for result in mine})
         self._ahead.release()
         return mine if mine or chunk > before else None
+
+    async def _rest(self) -> list[Result] | None:
+        """What was done before a row, or the budget, ended the session in the middle of a chunk; None at the end."""
+        stopped_by = self._worker.stopped_by
+        if stopped_by is None or self._result.stopped is not None:
+            return None
+        self._result.stopped = stopped_by.message
+        await self._read_outputs()
+        rest, self._held = sorted(self._held), []
+        self._result.processed += len({result.row for result in rest})
+        self._result.rows = self._worker.stats.rows
+        return rest or None
 
     async def _start(self) -> None:
         await self._broker.start()
@@ -295,6 +309,10 @@ class _Engine:
                 if self._worker.has_committed(ends):
                     self._published.popleft()
                     return upto
+                if working.done() and self._worker.stopped_by is not None:
+                    return None
+            elif working.done() and self._worker.stopped_by is not None:
+                return None
             elif publishing.done():
                 publishing.result()  # an error of the input comes behind the chunks before it
                 return None

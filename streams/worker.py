@@ -17,6 +17,7 @@ from ..handlers.context import NO_COST
 from ..handlers.executors import BlockingPool
 from ..handlers.flow import Flow, OnDone, OnGivenUp
 from ..handlers.outcomes import Failure
+from ..handlers.policed import GIVEN_UP
 from ..handlers.runtime import Event, Runtime
 from ..state.clock import Clock, SystemClock
 from ..state.context import sum_costs
@@ -454,6 +455,9 @@ class Worker(AssignmentListener):
 
     def _halt(self, tp: TopicPartition, failure: Failure) -> None:
         """A row ends the session: in order, or as failed."""
+        if failure.kind == GIVEN_UP:  # it ends already, and the row waits for something
+            self.stop()
+            return
         if self.stopped_by is None:
             self.stopped_by = failure
             log.warning("%s: stage %r ends the session: %s", tp, failure.stage, failure.message)
@@ -631,6 +635,7 @@ class Worker(AssignmentListener):
 
     async def _drain(self) -> None:
         """Finish what is in work, and commit it."""
+        self._runtime.end(self.options.drain_timeout)
         for task in self._tasks.values():
             task.drain()
         owners = [owner for tp, owner in self._owners.items() if tp in self._tasks]
