@@ -70,7 +70,8 @@ class Cache:
 
     Args:
         ttl: seconds for which an answer may be given again, above 0; None: for ever.
-        inputs: names of the row's fields that the answer depends on, or a function from the row to anything JSON;
+        inputs: names of the row's fields that the answer depends on, or a function from the row to anything JSON (a hit
+            then sets and removes the fields that the handler did in the row that paid, and leaves the others alone);
             None: the whole row. A field that is absent and one that is null are different inputs, and so are 1, 1.0
             and true.
         parameters: anything else the answer depends on, as JSON: a prompt, a model's name.
@@ -287,6 +288,33 @@ Share: TypeAlias = "Callable[[str, Origin, bytes, bytes, int | None], None]"
 """Takes an answer for others: the stage, the row that paid, the key, the encoded answer, when it expires (ms)."""
 
 
+def changes_of(row: Row, outcome: Any) -> Any:
+    """A result as what it changed in its row: the fields it set, and those it took out; several results as several.
+
+    A field that was set to the value it had already counts as unchanged.
+    """
+    if isinstance(outcome, list):
+        return [changes_of(row, result) for result in outcome]
+    if outcome is None:
+        return None
+    changed = {name: value for name, value in outcome.items() if name not in row or not _same(row[name], value)}
+    return {"set": changed, "removed": [name for name in row if name not in outcome]}
+
+
+def _same(before: Any, after: Any) -> bool:
+    return type(before) is type(after) and bool(before == after)
+
+
+def with_changes(row: Row, changes: Any) -> Any:
+    """The counterpart of :func:`changes_of`, for a row with the same inputs."""
+    if isinstance(changes, list):
+        return [with_changes(row, one) for one in changes]
+    if changes is None:
+        return None
+    removed = set(changes["removed"])
+    return {**{name: value for name, value in row.items() if name not in removed}, **changes["set"]}
+
+
 class StageCache:
     """The cache of one stage in one worker. Everything is quick and called on the event loop.
 
@@ -322,7 +350,9 @@ class StageCache:
         self._ttl_ms = None if cache.ttl is None else max(1, round(cache.ttl * 1000))
         self._fields = None if callable(cache.inputs) or cache.inputs is None else tuple(dict.fromkeys(cache.inputs))
         code = ["version", cache.version] if cache.version is not None else ["code", fingerprint(handler)]
-        about = [FORMAT, stage, code, dict(cache.parameters or {})]
+        self.is_partial = cache.inputs is not None
+        """Whether answers hold what the handler changed: other rows with the same inputs have other fields besides."""
+        about = [FORMAT, stage, code, dict(cache.parameters or {}), "changes" if self.is_partial else "results"]
         self._beginning = blake2b(_canonical(about), digest_size=KEY_BYTES)
 
     def key(self, row: Row) -> bytes | None:

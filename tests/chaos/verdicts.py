@@ -230,7 +230,7 @@ def _wrong_sums(evidence: Evidence, sums: Mapping[int, Mapping[str, int]]) -> li
     ]
 
 
-_SUMS = ("rows", "results", "dropped", "dead_letters", "emitted")
+_SUMS = ("rows", "results", "dropped", "skipped", "defaulted", "dead_letters", "emitted")
 
 
 # --- I4 --------------------------------------------------------------------------------------------------------

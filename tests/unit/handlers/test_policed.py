@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import Callable
+from decimal import Decimal
 from email.utils import formatdate
 from itertools import combinations, pairwise
 from typing import Any
 
 import pytest
 from rowmill.handlers.breaker import CircuitBreaker
+from rowmill.handlers.cache import Cache
 from rowmill.handlers.chain import Chain
 from rowmill.handlers.context import RowContext
 from rowmill.handlers.errors import StopExecution
@@ -164,7 +166,7 @@ def test_effects_of_attempts_that_failed_are_gone() -> None:
     context = seen.contexts[0]
     assert [emit.row for emit in context.emitted] == [{"try": 2}]
     assert (context.key, context.headers) == ("key-2", (("try", b"2"),))
-    assert (context.cost, context.tokens) == (3, 30)
+    assert (context.cost, context.tokens) == (Decimal(3), 30)
 
 
 # --- time-outs -------------------------------------------------------------------------------------------------
@@ -710,3 +712,38 @@ def test_wrong_options(make: Callable[[], object], setting: str) -> None:
     with pytest.raises(ConfigError) as caught:
         make()
     assert caught.value.setting == setting
+
+
+# --- caches ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("inputs", [["text"], lambda row: row["text"]])
+def test_a_hit_changes_the_row_that_asks(inputs: Any) -> None:
+    """With chosen inputs, a hit sets and removes the fields that the handler did; the row keeps its own others."""
+    calls: list[int] = []
+
+    async def ask(row: dict[str, Any]) -> Any:
+        calls.append(row["n"])
+        row["tags"].append("seen")
+        del row["noise"]
+        return None if row["text"] == "none" else {**row, "length": len(row["text"])}
+
+    texts = ["a", "bb", "a", "none", "bb", "none", "a"]
+    rows = [{"n": n, "text": text, "noise": n * 7, "tags": []} for n, text in enumerate(texts)]
+    seen = passage([make_stage(ask, cache=Cache(inputs=inputs, version="1"), concurrency=3)], rows)
+    assert calls == [0, 1, 3]
+    for n, text in enumerate(texts):
+        expected = {"n": n, "text": text, "tags": ["seen"], "length": len(text)}
+        assert seen.outcomes[n] == (None if text == "none" else expected)
+    assert seen.counts("ask")["hits"] == 4
+
+
+def test_a_hit_of_several_results() -> None:
+    """A row that became several does so for the next one with the same inputs, each with its own fields."""
+
+    async def split(row: dict[str, Any]) -> list[dict[str, Any]]:
+        return [{**row, "word": word} for word in row["text"].split()]
+
+    stage = make_stage(split, cache=Cache(inputs=["text"], version="1"), concurrency=1)
+    seen = passage([stage], [{"n": 0, "text": "a b"}, {"n": 1, "text": "a b"}])
+    assert seen.outcomes[1] == [{"n": 1, "text": "a b", "word": "a"}, {"n": 1, "text": "a b", "word": "b"}]
