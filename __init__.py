@@ -41,6 +41,8 @@ if TYPE_CHECKING:
     from .state.stats import ProcessingStats
     from .streams.brokers.open import open_broker
     from .streams.client import Message, publish, read
+    from .streams.dlq import dead_letters, purge_dead_letters, retry_dead_letters
+    from .streams.dlq_letters import DeadLetter
     from .streams.errors import (
         BrokerError,
         BrokerTimeoutError,
@@ -81,6 +83,7 @@ _HOMES = {
     "ConfigError": "state.errors",
     "CostEstimate": "streams.results",
     "CostTracker": "handlers.costs",
+    "DeadLetter": "streams.dlq_letters",
     "ErrorInfo": "streams.results",
     "Events": "handlers.dispatch",
     "ExecutionContext": "state.context",
@@ -122,10 +125,13 @@ _HOMES = {
     "UnroutedError": "handlers.errors",
     "Worker": "streams.worker",
     "WorkerOptions": "streams.options",
+    "dead_letters": "streams.dlq",
     "open_artifacts": "state.artifact_stores",
     "open_broker": "streams.brokers.open",
     "publish": "streams.client",
+    "purge_dead_letters": "streams.dlq",
     "read": "streams.client",
+    "retry_dead_letters": "streams.dlq",
 }
 
 __all__ = [
@@ -145,6 +151,7 @@ __all__ = [
     "ConfigError",
     "CostEstimate",
     "CostTracker",
+    "DeadLetter",
     "ErrorInfo",
     "Events",
     "ExecutionContext",
@@ -186,10 +193,13 @@ __all__ = [
     "UnroutedError",
     "Worker",
     "WorkerOptions",
+    "dead_letters",
     "open_artifacts",
     "open_broker",
     "publish",
+    "purge_dead_letters",
     "read",
+    "retry_dead_letters",
 ]
 
 

@@ -7,7 +7,7 @@ held up elsewhere (by a breaker, a budget, slots), and then all such places are 
 Whoever finds the bucket empty queues with a :class:`Ticket`. One timer per limiter calls out who is due, first come
 first served; nobody else wakes up. What a call-out promises counts as taken until its row comes, so that as many are
 called out as the bucket has room for, and no more; as promises are paid off at the rate too, one that is never kept
-holds nobody up. Who was called out but may not begin (the breaker is open, there is no money) stands aside for the next,
+holds nobody up. Who was called out but may not begin (the breaker is open, there is no money) stands aside for others,
 and keeps its number: when it comes back it is first.
 
 aiolimiter was looked at (docs/decisions/0016): it waits inside, on the loop's clock, which a row that must hold no slot
@@ -27,11 +27,10 @@ from ..state.clock import Clock
 from ..state.errors import ConfigError
 from ..state.model import Row
 from .options import check_name, check_rate
+from .retry import LONGEST_ASKED
 
 log = logging.getLogger(__name__)
 
-LONGEST_HOLD = 3600.0
-"""Seconds for which a resource may ask to be left alone (``Retry-After``): a broken server must not stop it for years."""
 _HAIR = 1e-4  # timers may ring a little early
 _LATE = 0.02  # and the event loop is late: what a queue loses by that is made up for, as far as this many seconds
 _MARGIN, _LEAST_MARGIN = 1.05, 0.1  # of a guess of how long a wait takes
@@ -96,19 +95,17 @@ class Turn(NamedTuple):
 class Ticket:
     """A call's number in a limiter's queue."""
 
-    __slots__ = ("behind", "is_called", "number", "since", "units", "until")
+    __slots__ = ("is_called", "number", "since", "units", "until")
 
     def __init__(self, number: int, units: float, now: float) -> None:
         self.number = number
         self.units = units
         self.since = now
-        """When it joined the queue."""
+        """When it joined the queue; once it is called out: since when it might have begun."""
         self.until: asyncio.Future[None] | None = None
         """While it is in the queue: ends when it is called out."""
         self.is_called = False
         """Whether it was called out, and has neither begun nor stood aside since."""
-        self.behind = -1.0
-        """How many seconds of others' calls had ever been queued before it; below 0: it never was in the queue."""
 
 
 class _Bucket:
@@ -133,8 +130,7 @@ class _Bucket:
         """When a call that takes so much may begin, or be called out. More than fits in: when the bucket is full."""
         spare = self._slack - amount / self._rate
         full_at = self._begun if is_called else self._promised
-        begins = full_at - spare if spare > 0 else full_at
-        return begins if begins > self._held_until else self._held_until
+        return max(full_at - spare if spare > 0 else full_at, self._held_until)
 
     def promise(self, amount: float, at: float) -> None:
         """A call that takes so much was called out."""
@@ -147,16 +143,17 @@ class _Bucket:
     def begin(self, amount: float, at: float, *, is_called: bool) -> None:
         """A call that takes so much begins."""
         taken = amount / self._rate
-        self._begun = (self._begun if self._begun > at else at) + taken
+        self._begun = max(self._begun, at) + taken
         if not is_called:
-            self._promised = (self._promised if self._promised > at else at) + taken
+            self._promised = max(self._promised, at) + taken
         elif self._promised < self._begun:
             self._promised = self._begun
 
     def settle(self, difference: float, now: float) -> None:
         """A call took so many more than it said; fewer, if it is below 0."""
         seconds = difference / self._rate
-        least = now if seconds > 0 else float("-inf")  # what is full cannot be more than full before it is taken from
+        # What is full cannot be more than full before it is taken from.
+        least = max(now, self._held_until) if seconds > 0 else float("-inf")
         self._begun = max(self._begun, least) + seconds
         self._promised = max(self._promised, least) + seconds
 
@@ -191,6 +188,8 @@ class Limiter:
         size = spec.unit_burst or spec.units_per_second or spec.units_per_minute or 1.0
         self._units = _Bucket(unit_rate, size, now) if unit_rate is not None else None
         self._held_until = now
+        self._given_back_at = now
+        """When units were last given back: what has room since then had none before."""
         self._numbers = 0
         self._queue: list[tuple[int, int, Ticket, asyncio.Future[None]]] = []
         """A heap by number. An entry whose future is not its ticket's any more is void."""
@@ -199,13 +198,13 @@ class Limiter:
         """How many of the entries are not void."""
         self._work = 0.0
         """How many seconds their calls take."""
-        self._entered = self._passed = 0.0
-        """How many seconds of calls ever entered the queue, and how far it has been called out."""
         self._timer: asyncio.TimerHandle | None = None
         self._rings_at = 0.0
         self._loop: asyncio.AbstractEventLoop | None = None
 
-    def __len__(self) -> int:
+    @property
+    def waiting(self) -> int:
+        """How many calls are in the queue."""
         return self._waiting
 
     def units_of(self, row: Row) -> float:
@@ -289,14 +288,15 @@ class Limiter:
             now = self._clock.monotonic()
             self._units.settle(actual - estimated, now)
             if actual < estimated:
+                self._given_back_at = now
                 self._call_out(now)
 
     def hold(self, seconds: float) -> None:
         """Let nothing begin for so long, at most an hour: the resource asked for it (``Retry-After``)."""
         now = self._clock.monotonic()
-        if seconds > LONGEST_HOLD and now >= self._held_until:
-            log.warning("Retry-After asks for %.0f s without calls; they go on after %.0f s", seconds, LONGEST_HOLD)
-        until = now + min(seconds, LONGEST_HOLD)
+        if seconds > LONGEST_ASKED and now >= self._held_until:
+            log.warning("Retry-After asks for %.0f s without calls; they go on after %.0f s", seconds, LONGEST_ASKED)
+        until = now + min(seconds, LONGEST_ASKED)
         self._held_until = max(self._held_until, until)
         for bucket in (self._calls, self._units):
             if bucket is not None:
@@ -322,9 +322,11 @@ class Limiter:
         return not self._queue or ticket.number <= self._queue[0][0]
 
     def _guess(self, ticket: Ticket, now: float) -> float:
-        """How many seconds a ticket in the queue waits, as things are."""
-        seconds = self._seconds_of(ticket.units)
-        ahead = min(ticket.behind - self._passed, self._work - seconds)
+        """How many seconds a ticket in the queue waits, as things are, if all others there go before it.
+
+        That is so when it joins the queue. Later it is too much: guessed too little, a row would ask again and again.
+        """
+        ahead = 0.0 if self._is_first(ticket) else self._work - self._seconds_of(ticket.units)
         return max(0.0, self._due(ticket.units) - now) + max(0.0, ahead)
 
     def _enter(self, ticket: Ticket, now: float) -> asyncio.Future[None]:
@@ -334,9 +336,6 @@ class Limiter:
         until = ticket.until = loop.create_future()
         ticket.since = now
         seconds = self._seconds_of(ticket.units)
-        if ticket.behind < 0:
-            ticket.behind = self._entered
-            self._entered += seconds
         self._entries += 1
         self._waiting += 1
         self._work += seconds
@@ -347,7 +346,7 @@ class Limiter:
         """Another event loop runs (in a notebook, say): whoever waited in the last one is gone with it."""
         for _, _, ticket, _ in self._queue:
             ticket.until = None
-        self._queue, self._waiting, self._work, self._passed = [], 0, 0.0, self._entered
+        self._queue, self._waiting, self._work = [], 0, 0.0
         self._loop, self._timer = loop, None
 
     def _exit(self, ticket: Ticket) -> None:
@@ -369,7 +368,6 @@ class Limiter:
         while self._loop is not None and not self._loop.is_closed():
             self._drop_void()
             if not self._queue:
-                self._passed = self._entered
                 return
             _, _, ticket, until = self._queue[0]
             due = self._due(ticket.units)
@@ -377,13 +375,11 @@ class Limiter:
                 self._set_timer(due, now)
                 return
             self._exit(ticket)
-            self._passed = max(self._passed, ticket.behind + self._seconds_of(ticket.units))
-            self._promise(ticket, now)
+            self._promise(ticket, max(ticket.since, due, self._given_back_at, now - _LATE))
             until.set_result(None)
 
-    def _promise(self, ticket: Ticket, now: float) -> None:
-        at = max(ticket.since, now - _LATE)
-        ticket.is_called = True
+    def _promise(self, ticket: Ticket, at: float) -> None:
+        ticket.is_called, ticket.since = True, at
         if self._calls is not None:
             self._calls.promise(1.0, at)
         if self._units is not None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Sequence
+from copy import deepcopy
 from decimal import Decimal
 from typing import Any, NamedTuple, Protocol, cast
 
@@ -20,7 +21,7 @@ from ..state.errors import RowmillError
 from ..state.model import Row
 from .breaker import Permit
 from .budget import Price, Reservation, price_of
-from .cache import Answer, Before, StageCache
+from .cache import Answer, Before, StageCache, changes_of, with_changes
 from .calls import await_call, is_being_cancelled, raise_if_cancelled, raise_if_ours
 from .context import NO_COST, RowContext
 from .errors import BreakerOpenError, HandlerTimeoutError, NotStartedError, StopExecution
@@ -138,7 +139,11 @@ class RowWork:
 
     def arguments(self) -> tuple[Any, ...]:
         """The row, and a context of this attempt's own."""
-        row = dict(self.row) if self.stage.repeats and self.row.__class__ is dict else self.row
+        row = self.row
+        if self.stage.cache is not None and self.stage.cache.inputs is not None:
+            row = deepcopy(row)  # what the handler changes is found by comparing
+        elif self.stage.repeats and row.__class__ is dict:
+            row = dict(row)
         if not self.stage.takes_context or self._context is None:
             return (row,)
         self._attempt = self._context.fork()
@@ -263,7 +268,7 @@ class Policed:
         if answer is None:
             trial.key, trial.before = key, Before(context)
             return None
-        return self._hit(answer, key, context)
+        return self._hit(answer, key, trial.work.rows[0], context)
 
     async def step(self, trial: Trial) -> Outcome | Pause:
         """One more call, or what must be waited for before it. The caller holds one of the stage's slots.
@@ -332,19 +337,20 @@ class Policed:
             return None
         entered = cache.enter(key)
         if isinstance(entered, Answer):
-            return self._hit(entered, key, context)
+            return self._hit(entered, key, row, context)
         if entered is None:
             trial.key, trial.before = key, Before(context)
         else:
             trial.answering = (key, entered)
         return None
 
-    def _hit(self, answer: Answer, key: bytes, context: RowContext | None) -> Hit:
+    def _hit(self, answer: Answer, key: bytes, row: Row, context: RowContext | None) -> Hit:
         """An answer costs nothing, unless it is the very row that paid: its cost was never committed."""
         self._counts.hits += 1
         if context is not None and answer.paid_by(Before(context).origin) and context.charge_once(key):
             context.add_cost(answer.cost, answer.tokens)
-        return Hit(answer.outcome)
+        is_partial = self._cache is not None and self._cache.is_partial
+        return Hit(with_changes(row, answer.outcome) if is_partial else answer.outcome)
 
     def _keep(self, trial: Trial, outcome: Outcome) -> None:
         """Store the answer at once: a process that dies before the commit has not paid for nothing."""
@@ -356,7 +362,8 @@ class Policed:
         if before.has_effects:
             cache.refuse("the handler emits, writes tables, or changes key, headers or timestamp")
         else:
-            value = cache.keep(key, outcome, before.cost, before.tokens, before.origin)
+            kept = changes_of(trial.work.rows[0], outcome) if cache.is_partial else outcome
+            value = cache.keep(key, kept, before.cost, before.tokens, before.origin)
             if trial.work.context is not None:
                 trial.work.context.charge_once(key)
         trial.key = None
@@ -377,7 +384,7 @@ class Policed:
             trial.permit = breaker.admit()
             if trial.permit is None:
                 return self._stand_aside(trial, self._at_open_breaker(trial))
-        # A limit's turn is used last, when nothing is in the way any more; money is not set aside while one waits for it.
+        # A limit's turn is used last, when nothing else is in the way; no money is set aside while a row waits for it.
         if self._limiter is not None and (gate := self._wait_for_turn(trial)) is not None:
             return gate
         if self.stage.price is not None and (gate := self._reserve(trial, self.stage.price)) is not None:
@@ -407,8 +414,8 @@ class Policed:
                 trial.units = limiter.units_of_all(trial.work.rows)
             except Exception as error:  # noqa: BLE001 - the user's function may raise anything
                 return failure_of(self.stage, error, trial.attempts)
-            if limiter.is_free(trial.units):
-                return None
+            if self.stage.price is None and limiter.is_free(trial.units):
+                return None  # with a price it may have to wait for money, and needs a number to come back to
             ticket = trial.ticket = limiter.ticket(trial.units)
         turn = limiter.turn(ticket)
         return None if turn is None else Pause(turn.seconds, turn.until)

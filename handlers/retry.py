@@ -20,6 +20,9 @@ from .options import check_count, check_seconds
 
 log = logging.getLogger(__name__)
 
+LONGEST_ASKED = 3600.0
+"""Seconds: a ``Retry-After`` of more is taken for this. One absurd answer must not stop a stage for years."""
+
 Errors: TypeAlias = "type[BaseException] | tuple[type[BaseException], ...] | Callable[[BaseException], bool]"
 """Which errors a policy is about: classes, or a function that judges one."""
 
@@ -47,7 +50,7 @@ class Retry:
             programming mistakes (TypeError, AttributeError, NameError, …).
 
     An error's ``retry_after`` (seconds, or an HTTP date as text; also a response's ``Retry-After`` header) is a lower
-    bound of the pause, whatever ``cap`` says.
+    bound of the pause, up to one hour, whatever ``cap`` says.
 
     Raises:
         ConfigError: an option is out of its range.
@@ -81,7 +84,7 @@ class Retry:
         pause = clock.random() * min(self.cap, self.first * 2.0 ** min(attempts - 1, 60))
         asked = retry_after_of(error, clock.now_ms())
         if asked is not None:
-            pause = max(pause, asked)
+            pause = max(pause, min(asked, LONGEST_ASKED))
         if self.deadline is not None and elapsed + pause >= self.deadline:
             return None
         return pause

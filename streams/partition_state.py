@@ -176,7 +176,7 @@ class PartitionState:
                 )
             return "the changelog is empty"
         reasons = {
-            "the changelog was deleted and made anew since they were written": stored.generation != record.generation,
+            "the tables were reset, or the changelog made anew, since": stored.generation != record.generation,
             f"they stand at {position:,}, outside the changelog ({reader.start:,} to {reader.end:,})": (
                 not reader.start <= position <= reader.end
             ),

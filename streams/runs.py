@@ -27,6 +27,7 @@ from .collect import Sorter, error_field, header, input_row, partitions_of, read
 from .contexts import session_context
 from .dead_letters import HEADROOM_BYTES, TRUNCATED_HEADER
 from .deadlines import deadline
+from .dlq_letters import marks_topic
 from .errors import BrokerError, CheckpointError, FencedError, SessionError
 from .inputs import LOT_BYTES, Input, InputReader, InputRow, make_input
 from .loops import run_blocking
@@ -551,7 +552,8 @@ async def remove_session(
     sources = [session.source(topic) for topic in pipeline.sources]
     topics = sources if session.owns_source else []
     topics = [*topics, *map(session.changelog, sources), *map(session.answers, sources)]
-    topics += [session.output(pipeline.sink), session.dead_letters, session.budget, *side_topics]
+    topics += [session.output(pipeline.sink), session.dead_letters, marks_topic(session.dead_letters)]
+    topics += [session.budget, *side_topics]
     await broker.delete_topics(topics)
     await broker.delete_groups([session.group, session.publisher_id])
     if pipeline.tables:

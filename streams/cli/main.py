@@ -9,13 +9,13 @@ from collections.abc import Sequence
 
 from ... import __version__
 from ...state.errors import ConfigError, RowmillError
-from . import cmd_consume, cmd_doctor, cmd_publish, cmd_run, cmd_topics, cmd_worker
+from . import cmd_consume, cmd_diff, cmd_dlq, cmd_doctor, cmd_publish, cmd_replay, cmd_run, cmd_topics, cmd_worker
 from .logs import set_up_logging
 from .output import reader_has_left, say
 from .parser import USAGE, Commands, Parser, add_verbosity, did_you_mean
 from .signals import StoppedError
 
-COMMANDS = (cmd_run, cmd_worker, cmd_publish, cmd_consume, cmd_topics, cmd_doctor)
+COMMANDS = (cmd_run, cmd_worker, cmd_replay, cmd_diff, cmd_publish, cmd_consume, cmd_topics, cmd_dlq, cmd_doctor)
 """In the order of the help text."""
 
 _EPILOG = """\

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ import pandas as pd
 import pytest
 from rowmill import ConfigError, ExecutionContext, Pipeline, RowContext, StreamingResult
 from rowmill.handlers.processes import ProcessPool
-from rowmill.handlers.stage import make_stage
+from rowmill.handlers.stage import Stage, make_stage
 from rowmill.streams.cli.load import load_pipeline
 from rowmill.streams.executors import AsyncExecutor, ExecutionStrategy, StreamingExecutor, SyncExecutor
 
@@ -37,7 +37,7 @@ async def judge(row: dict[str, Any], ctx: RowContext) -> dict[str, Any] | None:
     return row
 
 
-STAGES = [twice, make_stage(judge, name="judge")]
+STAGES: list[Callable[..., Any] | Stage] = [twice, make_stage(judge, name="judge")]
 LEFT = [n for n in range(100) if n % 10 not in {3, 7}]
 
 

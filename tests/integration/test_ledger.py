@@ -107,7 +107,8 @@ async def test_three_workers_spend_exactly_the_limit(broker_url: str, name: str)
         assert len(set(server)) == 3
         await asyncio.gather(*(worker.stop() for worker in workers))
         report = await read_ledger(brokers[0], topic, clock=SystemClock())
-        assert (report.used, report.limit, report.returned) == (500, 500, report.granted - 500)
+        limit = Decimal(500)
+        assert (report.used, report.limit, report.returned) == (limit, limit, report.granted - limit)
         assert all(worker.is_closed and not worker.open for worker in report.workers)
 
 
@@ -157,5 +158,5 @@ async def test_starting_from_a_snapshot(broker_url: str, name: str) -> None:
         assert end >= 1101, "1,100 entries and a snapshot"
         fresh = TopicLedger(broker, topic, clock=SystemClock())
         standing = await fresh.look("b")
-        assert (standing.used, standing.version) == (1100, 1100)
+        assert (standing.used, standing.version) == (Decimal(1100), 1100)
         await fresh.close()

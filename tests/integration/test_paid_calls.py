@@ -15,6 +15,7 @@ import time
 from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from decimal import Decimal
 from pathlib import Path
 from random import Random
 from typing import Any, NamedTuple
@@ -145,7 +146,7 @@ async def test_killed_workers_pay_once(broker_url: str, name: str, tmp_path: Pat
     for kill in kills:  # twice the slots: a call may end, and the next begin, while the signal is on its way
         assert 0 < sum(kill.hit(call, 0) for call in server.calls) <= 2 * CONCURRENCY
     context = await context_of(broker_url, name)
-    assert (context.completed_rows, context.cost) == (rows, rows)
+    assert (context.completed_rows, context.accumulated_cost) == (rows, Decimal(rows))
 
 
 async def test_another_machine_finds_what_was_paid_for(broker_url: str, name: str, tmp_path: Path) -> None:

@@ -14,12 +14,12 @@ from rowmill.handlers.budget import (
     Account,
     Budget,
     Entry,
-    LedgerError,
     LedgerState,
     MemoryLedger,
     Reservation,
     Standing,
 )
+from rowmill.handlers.errors import LedgerError
 from support.fake_clock import FakeClock
 
 pytestmark = pytest.mark.timeout(120)

@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rowmill.handlers.context import RowContext
 from rowmill.handlers.dispatch import Events
+from rowmill.handlers.errors import StageFailedError, UnroutedError
 from rowmill.handlers.executors import BlockingPool
-from rowmill.handlers.routing import Adaptive, Router, StageFailedError, UnroutedError
+from rowmill.handlers.routing import Adaptive, Router
 from rowmill.handlers.runtime import Runtime
 from rowmill.handlers.stage import make_stage
 from support.fake_clock import FakeClock

@@ -12,7 +12,8 @@ from uuid import UUID
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from rowmill.handlers.schema import SchemaError, make_validator
+from rowmill.handlers.errors import SchemaError
+from rowmill.handlers.schema import make_validator
 
 pydantic = pytest.importorskip("pydantic", reason="the extra rowmill[pydantic] is not installed")
 

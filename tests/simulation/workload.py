@@ -195,8 +195,10 @@ class Workload:
         calls = sum(self._duration(s, row.n, 0) * (4 if s.flaky else 1) for s in self.stages for row in self.rows)
         # A split row may wait for each of its parts.
         pauses = sum(4 * 1.4 * len(self.rows) * s.flaky / 100 for s in self.stages)
-        return calls * 3 + pauses + 5 * sum(
-            _OVERRUN for s in self.stages if s.timed for r in self.rows if self._overruns(s, r.n)
+        return (
+            calls * 3
+            + pauses
+            + 5 * sum(_OVERRUN for s in self.stages if s.timed for r in self.rows if self._overruns(s, r.n))
         )
 
     # --- the pipeline ------------------------------------------------------------------------------------------

@@ -17,10 +17,10 @@ from rowmill.handlers.analysis import (
     named_condition,
 )
 from rowmill.handlers.context import RowContext
+from rowmill.handlers.errors import StageFailedError
 from rowmill.handlers.executors import BlockingPool
 from rowmill.handlers.registry import Registry
 from rowmill.handlers.retry import Retry
-from rowmill.handlers.routing import StageFailedError
 from rowmill.handlers.runtime import Runtime
 from rowmill.state.errors import ConfigError
 from support.fake_clock import FakeClock

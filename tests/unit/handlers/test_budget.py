@@ -14,15 +14,13 @@ from rowmill.handlers.budget import (
     Account,
     Budget,
     Entry,
-    LedgerError,
     LedgerState,
     MemoryLedger,
-    PriceTooHighError,
     Standing,
-    UnknownPriceError,
     checked_price,
     price_of,
 )
+from rowmill.handlers.errors import LedgerError, PriceTooHighError, UnknownPriceError
 from rowmill.state.codec import dumps
 from rowmill.state.errors import ConfigError
 from support.fake_clock import FakeClock
@@ -283,15 +281,15 @@ async def test_reserve_and_settle() -> None:
         assert account.try_reserve(Decimal(4)) is None  # nothing is leased yet
         first = await account.reserve(Decimal(4))
         second = await account.reserve(Decimal(6))
-        assert (account.reserved, account.spent) == (10, 0)
+        assert (account.reserved, account.spent) == (Decimal(10), Decimal(0))
         account.settle(first, Decimal("1.5"))
-        assert (account.reserved, account.own_spent) == (6, Decimal("1.5"))
+        assert (account.reserved, account.own_spent) == (Decimal(6), Decimal("1.5"))
         third = account.try_reserve(Decimal("2.5"))
         assert third is not None
         account.release(second)
         account.release(third)
         account.release(third)
-        assert (account.reserved, account.available) == (0, Decimal("8.5"))
+        assert (account.reserved, account.available) == (Decimal(0), Decimal("8.5"))
         with pytest.raises(ConfigError, match="once"):
             account.settle(first, ONE)
         await account.close()
@@ -349,7 +347,7 @@ async def test_a_call_dearer_than_its_price() -> None:
         reservation = await account.reserve(Decimal(8))
         account.settle(reservation, Decimal(13))
         await until(lambda: bench.ledger.state.charged)
-        assert (account.spent, bench.ledger.state.used, account.available) == (13, 13, 0)
+        assert (account.spent, bench.ledger.state.used, account.available) == (Decimal(13), Decimal(13), Decimal(0))
         assert account.try_reserve(ONE) is None
         await until(lambda: account.is_exhausted)
 
@@ -550,7 +548,7 @@ async def test_closing_while_the_ledger_hangs() -> None:
             await account.close(seconds=0.01)
 
 
-async def hang(_: Entry) -> Standing:
+async def hang(entry: Entry) -> Standing:
     """Never answers."""
     await asyncio.Event().wait()
     raise AssertionError

@@ -10,10 +10,9 @@ from typing import Any
 import pytest
 from rowmill.handlers.context import RowContext
 from rowmill.handlers.dispatch import Events
-from rowmill.handlers.errors import StopExecution
+from rowmill.handlers.errors import StageFailedError, StopExecution, UnroutedError
 from rowmill.handlers.executors import BlockingPool
 from rowmill.handlers.retry import Retry
-from rowmill.handlers.routing import StageFailedError, UnroutedError
 from rowmill.handlers.runtime import Runtime
 from rowmill.handlers.stage import make_stage
 from rowmill.state.errors import ConfigError

@@ -20,10 +20,10 @@ from typing import Any
 import pytest
 from rowmill.handlers.chain import Chain
 from rowmill.handlers.context import RowContext
-from rowmill.handlers.errors import HandlerTimeoutError, MisfitError
+from rowmill.handlers.errors import HandlerTimeoutError, MisfitError, ProcessDiedError
 from rowmill.handlers.executors import BlockingPool
 from rowmill.handlers.process_child import MAIN_ALIAS
-from rowmill.handlers.processes import HandlerReference, ProcessDiedError, ProcessHandler, ProcessPool, name_handler
+from rowmill.handlers.processes import HandlerReference, ProcessHandler, ProcessPool, name_handler
 from rowmill.handlers.runtime import Runtime
 from rowmill.handlers.stage import Stage, make_stage
 from rowmill.state.errors import BadRowError, ConfigError

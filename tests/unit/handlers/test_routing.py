@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 from rowmill.handlers.chain import Chain
 from rowmill.handlers.context import RowContext
-from rowmill.handlers.errors import StopExecution
+from rowmill.handlers.errors import StageFailedError, StopExecution, UnroutedError
 from rowmill.handlers.executors import BlockingPool
 from rowmill.handlers.outcomes import Failure, Outcome
 from rowmill.handlers.registry import Registry
 from rowmill.handlers.retry import Retry
-from rowmill.handlers.routing import Adaptive, Route, Router, StageFailedError, StatisticsByName, UnroutedError
+from rowmill.handlers.routing import Adaptive, Route, Router, StatisticsByName
 from rowmill.handlers.runtime import Runtime
 from rowmill.handlers.stage import make_stage
 from rowmill.state.errors import ConfigError

@@ -14,7 +14,8 @@ from uuid import UUID
 import numpy as np
 import pandas as pd
 import pytest
-from rowmill.handlers.schema import ResultSchemaError, SchemaError, make_validator, row_of, with_objects
+from rowmill.handlers.errors import ResultSchemaError, SchemaError
+from rowmill.handlers.schema import make_validator, row_of, with_objects
 from rowmill.state.errors import ConfigError
 
 pydantic = pytest.importorskip("pydantic", reason="the extra rowmill[pydantic] is not installed")

@@ -13,20 +13,9 @@ from rowmill.state.codec import dumps, loads
 from rowmill.state.errors import ConfigError
 from rowmill.state.model import Headers, Outgoing, TopicPartition
 from rowmill.streams.dead_letters import dead_letter
-from rowmill.streams.dlq import (
-    RETRIED_HEADER,
-    DeadLetter,
-    DeadLetters,
-    Mark,
-    Outcome,
-    Selection,
-    Targets,
-    letters_topic,
-    marks_topic,
-    parse_id,
-    read_letter,
-    targets_of,
-)
+from rowmill.streams.dlq import DeadLetters, letters_topic, targets_of
+from rowmill.streams.dlq_letters import DeadLetter, Mark, Selection, marks_topic, parse_id, read_letter
+from rowmill.streams.dlq_retry import RETRIED_HEADER, Outcome, Targets
 from rowmill.streams.errors import CheckpointError, TopicError
 from rowmill.streams.partitioning import partition_for
 from rowmill.streams.session import Session
@@ -375,6 +364,9 @@ async def test_a_crash_after_every_step(step: Step, skip: int, took_effect: bool
     first = asyncio.create_task(dlq(broker).retry(ALL, SOURCE))
     await asyncio.wait({first}, timeout=10)
     assert first.done()
+    if step != "start" or skip < 2:  # else its last breath was faulted as well
+        places = [*broker.partitions("in"), *broker.partitions(TOPIC)]
+        assert not any(broker.log(place).open for place in places), "an open transaction would hold up readers"
     broker._faults.clear()  # it may have needed fewer calls
     await dlq(broker).retry(ALL, SOURCE)
     assert sorted(sent(broker)) == [0, 1, 2, 3, 4, 10, 11, 12, 13, 14]

@@ -9,7 +9,8 @@ from decimal import Decimal
 from typing import Any
 
 import pytest
-from rowmill.handlers.budget import Account, Budget, Entry, LedgerError, LedgerState
+from rowmill.handlers.budget import Account, Budget, Entry, LedgerState
+from rowmill.handlers.errors import LedgerError
 from rowmill.state.codec import dumps, loads
 from rowmill.state.model import TopicPartition
 from rowmill.streams import ledger as module
@@ -83,10 +84,10 @@ async def test_a_session_goes_on(broker: FakeBroker) -> None:
     async with opened(broker) as ledger:
         assert (await ledger.look("c")).used == 5
     report = await read_ledger(broker, TOPIC, clock=FakeClock())
-    assert (report.limit, report.granted, report.returned, report.used) == (10, 7, 2, 5)
+    assert [report.limit, report.granted, report.returned, report.used] == [Decimal(n) for n in (10, 7, 2, 5)]
     assert [(each.worker, each.leased, each.spent, each.open, each.is_closed) for each in report.workers] == [
-        ("a", 4, 0, 4, False),
-        ("b", 1, 1, 0, True),
+        ("a", Decimal(4), Decimal(0), Decimal(4), False),
+        ("b", ONE, ONE, Decimal(0), True),
     ]
 
 
@@ -94,7 +95,7 @@ async def test_nothing_there() -> None:
     """Reading for status makes no topic: without one, nothing is spent."""
     broker = FakeBroker()
     report = await read_ledger(broker, TOPIC, clock=FakeClock())
-    assert (report.used, report.workers) == (0, ())
+    assert (report.used, report.workers) == (Decimal(0), ())
     assert "create" not in broker.calls
     async with opened(broker, create=False) as ledger:
         with pytest.raises(LedgerError, match="creation is off"):
@@ -128,7 +129,7 @@ async def test_lost_answers(broker: FakeBroker, step: Step, took_effect: bool) -
         with pytest.raises(LedgerError, match="connection lost"):
             await ledger.post(asked)
         standing = await ledger.post(asked)
-        assert (standing.granted, standing.used) == (3, 5)
+        assert (standing.granted, standing.used) == (Decimal(3), Decimal(5))
     async with opened(broker) as ledger:
         assert (await ledger.look("b")).used == 5
 
@@ -234,9 +235,10 @@ def test_what_an_entry_looks_like() -> None:
 
 async def test_accounts_on_a_failing_broker(broker: FakeBroker) -> None:
     """Three workers with 200 calls in flight, over a broker that fails now and then, spend the limit and no more."""
-    for step in ("send", "ack", "fetch", "look_up"):
+    steps: tuple[Step, ...] = ("send", "ack", "fetch", "look_up")
+    for step in steps:
         for skip in (3, 9, 15):
-            broker.inject(step, lost(), took_effect=skip == 9, skip=skip)  # type: ignore[arg-type]
+            broker.inject(step, lost(), took_effect=skip == 9, skip=skip)
     clock, started = FakeClock(), 0
 
     async def call(account: Account) -> None:
@@ -263,5 +265,5 @@ async def test_accounts_on_a_failing_broker(broker: FakeBroker) -> None:
         await account.close()
         await ledger.close()
     report = await read_ledger(broker, TOPIC, clock=clock)
-    assert (report.used, len(report.workers)) == (300, 3)
+    assert (report.used, len(report.workers)) == (Decimal(300), 3)
     assert all(each.is_closed and not each.open for each in report.workers)

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
 from rowmill import Pipeline
+from rowmill.handlers.chain import Chain
 from rowmill.handlers.executors import BlockingPool
+from rowmill.handlers.flow import Flow
 from rowmill.handlers.outcomes import Failure
 from rowmill.handlers.runtime import Runtime
 from rowmill.handlers.stage import Stage, make_stage
 from rowmill.state.clock import Clock, SystemClock
 from rowmill.state.codec import dumps, loads
-from rowmill.state.model import Committed, TopicPartition
+from rowmill.state.model import Committed, Record, TopicPartition
 from rowmill.streams.catalog import Catalog
 from rowmill.streams.errors import BrokerError, FencedError, TopicError
 from rowmill.streams.in_flight import InFlight
@@ -93,7 +95,7 @@ class Bench:
             options=settings,
             clock=clock,
             on_commit=lambda _tp, effects, _seconds: self.commits.append(effects),
-            on_halt=lambda tp, failure: self.halted.append(failure),
+            on_halt=lambda _tp, failure: self.halted.append(failure),
             on_change=changed,
         )
 
@@ -287,6 +289,48 @@ async def test_drain_of_an_idle_task(bench: Bench) -> None:
     task.drain()
     await run
     assert bench.commits == []
+
+
+async def test_no_row_begins_once_the_task_drains(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows whose start is being noted when the task drains stay undone: one before them was given up."""
+    calls: list[int] = []
+
+    class Later(OSError):  # noqa: N818
+        retry_after = 1_000
+
+    async def handler(row: dict[str, Any]) -> Any:
+        calls.append(row["n"])
+        if row["n"] == 0:
+            raise Later
+        return row
+
+    stage = make_stage(handler, name="stage", retry=2)
+    task = await bench.task(stage, max_deaths=3, commit_interval=0.05, drain_timeout=1)
+    task._flow = Flow(
+        Chain([stage]), Runtime(bench.pool), task._finished, task._wake, task._give_up, by_key=True, linger=0.02
+    )
+    await task.open(bench.first_offset)
+    task._careful_rows = 1_000  # as after a death
+    run = asyncio.create_task(task.run())
+    await until(lambda: task.running)
+    records = [record._replace(key=b"k") for record in bench.broker.records("in")[:3]]
+    task.offer(records[:1])
+    await until(lambda: calls == [0])
+    await asyncio.sleep(0.1)
+    note, noting = task._commits.note_starts, asyncio.Event()
+
+    async def slowly(rows: Sequence[Record]) -> None:
+        noting.set()
+        await note(rows)
+        await asyncio.sleep(0.2)
+
+    monkeypatch.setattr(task._commits, "note_starts", slowly)
+    task.offer(records[1:])
+    await noting.wait()
+    task.drain()
+    await asyncio.wait_for(run, 5)
+    await task.close()
+    assert bench.broker.values("out") == []
 
 
 async def test_a_gap_at_the_end(bench: Bench) -> None:

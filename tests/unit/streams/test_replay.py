@@ -5,18 +5,15 @@ from __future__ import annotations
 import argparse
 import asyncio
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 import pytest
 from rowmill import Pipeline, Session, Worker, WorkerOptions
 from rowmill.state.checkpoint import CHECKPOINT_KEY, CheckpointRecord
-from rowmill.state.clock import SystemClock
 from rowmill.state.codec import dumps, loads
 from rowmill.state.errors import ConfigError
 from rowmill.state.memory import MemoryStores
 from rowmill.state.model import Committed, Outgoing, TopicPartition
-from rowmill.streams import replay as replay_module
 from rowmill.streams.cli import cmd_diff, cmd_replay
 from rowmill.streams.cli.parser import Parser
 from rowmill.streams.compare import ABSENT, compare
@@ -38,8 +35,9 @@ from rowmill.streams.offset_times import (
     parse_topics,
 )
 from rowmill.streams.offsets import OffsetMap, encode_map
-from rowmill.streams.replay import Move, Replay, Target
+from rowmill.streams.replay import Replay, Target
 from rowmill.streams.side_replay import Asked, EarlyEnd, open_range, stored_range
+from rowmill.streams.transaction import Transactor
 from support.fake_broker import FakeBroker
 
 T = TopicPartition
@@ -230,9 +228,10 @@ def counting() -> Pipeline:
     return pipeline
 
 
-async def work(broker: FakeBroker, stores: MemoryStores, pipeline: Pipeline | None = None) -> Worker:
+async def work(broker: FakeBroker, stores: MemoryStores, guarantee: Any = "exactly_once") -> Worker:
     """A live worker to the present end."""
-    worker = Worker(pipeline or counting(), broker, stores=stores, options=WorkerOptions(broker_timeout=5))
+    options = WorkerOptions(broker_timeout=5, guarantee=guarantee)
+    worker = Worker(counting(), broker, stores=stores, options=options)
     worker.finish_at(await broker.offsets(broker.partitions("in"), "high_watermark"))
     async with asyncio.timeout(20):
         await worker.run()
@@ -254,10 +253,11 @@ def last_record(broker: FakeBroker, partition: int = 0) -> CheckpointRecord:
     ("state", "expected"), [("keep", [(2, 5), (3, 6)]), ("reset", [(2, 1), (3, 2)])], ids=["keep", "reset"]
 )
 @pytest.mark.parametrize("disk", ["kept", "lost"])
-async def test_rows_run_again(state: Any, expected: list[tuple[int, int]], disk: str) -> None:
+@pytest.mark.parametrize("guarantee", ["exactly_once", "at_least_once"])
+async def test_rows_run_again(state: Any, expected: list[tuple[int, int]], disk: str, guarantee: Any) -> None:
     """The rows behind the target run once more, on tables as they were or emptied, whatever the disk remembers."""
     broker, stores = broker_with(4), MemoryStores()
-    await work(broker, stores)
+    await work(broker, stores, guarantee)
     assert numbers(broker) == [(0, 1), (1, 2), (2, 3), (3, 4)]
     former = last_record(broker)
     execution = await replaying(broker, Target("offset", 2), state=state).execute()
@@ -266,7 +266,7 @@ async def test_rows_run_again(state: Any, expected: list[tuple[int, int]], disk:
     assert record.agrees_with(Committed(2))
     assert record.counts == former.counts
     assert (record.generation == former.generation) == (state == "keep")
-    worker = await work(broker, stores if disk == "kept" else MemoryStores())
+    worker = await work(broker, stores if disk == "kept" else MemoryStores(), guarantee)
     assert worker.stats.rows == 2
     assert numbers(broker)[4:] == expected
     assert last_record(broker).counts["rows"] == 6, "rows that run again count again"
@@ -345,7 +345,7 @@ async def test_a_running_worker_keeps_a_replay_out() -> None:
 async def test_an_execution_that_was_interrupted(monkeypatch: pytest.MonkeyPatch, target: Target) -> None:
     """Run again, it moves those partitions that it had not: none is shifted twice; and a third time shifts anew."""
     broker = broker_with(10, Committed(6), partitions=4)
-    honest = replay_module.Transactor.commit
+    honest = Transactor.commit
     commits = 0
 
     async def dying(self: Any, *args: Any) -> Any:
@@ -355,7 +355,7 @@ async def test_an_execution_that_was_interrupted(monkeypatch: pytest.MonkeyPatch
             raise BrokerError("killed")
         return await honest(self, *args)
 
-    monkeypatch.setattr(replay_module.Transactor, "commit", dying)
+    monkeypatch.setattr(Transactor, "commit", dying)
     execution = await replaying(broker, target).execute()
     assert (len(execution.moved), len(execution.failed)) == (2, 2)
     monkeypatch.undo()
@@ -372,6 +372,10 @@ async def test_an_execution_that_was_interrupted(monkeypatch: pytest.MonkeyPatch
     assert positions() == {goal}
     await replaying(broker, target).execute()
     assert positions() == {2 if target.how == "shift" else 3}
+    broker.group_offsets[LIVE.group][T("in", 1)] = Committed(9)  # a worker was at work in some partitions only
+    await replaying(broker, target).execute()
+    moved = {tp.partition: done.offset for tp, done in broker.group_offsets[LIVE.group].items()}
+    assert moved == ({0: 0, 1: 7, 2: 0, 3: 0} if target.how == "shift" else dict.fromkeys(range(4), 3))
 
 
 async def test_one_partition_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -388,11 +392,24 @@ async def test_one_partition_that_fails(monkeypatch: pytest.MonkeyPatch) -> None
 async def test_a_commit_whose_end_is_unknown(took_effect: bool) -> None:
     """Whether an unanswered commit took effect or not, the partition moves exactly once."""
     broker = broker_with(10, Committed(6))
-    broker.inject("end", BrokerError("no answer"), took_effect=took_effect)
+    broker.inject("end", BrokerError("no answer"), took_effect=took_effect, skip=1)  # the first one notes the replay
     execution = await replaying(broker, Target("shift", -2)).execute()
     assert not execution.failed
     assert broker.group_offsets[LIVE.group][T("in", 0)] == Committed(4)
     assert sum(record.key == CHECKPOINT_KEY for record in broker.records(CHANGELOG)) == 1
+
+
+@pytest.mark.parametrize("took_effect", [True, False])
+@pytest.mark.parametrize("which", [0, 2])
+async def test_a_note_whose_end_is_unknown(which: int, took_effect: bool) -> None:
+    """A shift that cannot note its beginning or its end says so; run again, it has moved the partition once."""
+    broker = broker_with(10, Committed(6))
+    broker.inject("end", BrokerError("no answer"), took_effect=took_effect, skip=which)
+    with pytest.raises(BrokerError):
+        await replaying(broker, Target("shift", -2)).execute()
+    if which == 0 or not took_effect:
+        assert not (await replaying(broker, Target("shift", -2)).execute()).failed
+    assert broker.group_offsets[LIVE.group][T("in", 0)] == Committed(4)
 
 
 # --- on the side -----------------------------------------------------------------------------------------------
@@ -426,7 +443,7 @@ async def test_a_side_session_runs_its_range_only() -> None:
 
 
 async def test_a_range_stays_as_it_was_fixed() -> None:
-    """Gone on with, a session ends where it was to end at first, though more rows have come; another range is refused."""
+    """Gone on with, a session ends where it was to at first, though more rows have come; another range is refused."""
     broker = broker_with(4)
     side = Session("p", "fix")
     await open_range(broker, side, ["in"], Asked(text="earliest end []"), has_tables=True)
@@ -514,6 +531,7 @@ def parse(*words: str) -> argparse.Namespace:
     ("words", "setting"),
     [
         ([], "where to go"),
+        (["--to-earliest"], "--source"),
         (["--to-earliest", "--from", "3"], "--from"),
         (["--to-earliest", "--no-cache"], "--no-cache"),
         (["--to-earliest", "--session", "x"], "--session"),
@@ -538,16 +556,26 @@ def test_misuse(words: list[str], setting: str) -> None:
     assert type(raised.value).__name__ in {"ConfigError", "InputError"}
 
 
+@pytest.mark.parametrize(
+    ("words", "setting"),
+    [
+        (["p", "a", "b"], "--sink"),
+        (["p.py", "a", "b", "--sink", "s"], "--sink"),
+        (["p", "a", "a", "--sink", "s"], "SESSION_B"),
+        (["p", "a.b", "c", "--sink", "s"], "SESSION_A"),
+        (["absent.py", "a", "b"], "absent.py"),
+    ],
+)
+def test_misuse_of_diff(words: list[str], setting: str) -> None:
+    """A comparison names what it cannot make out."""
+    args = parse("diff", *words)
+    with pytest.raises(ConfigError, match=setting):
+        args.main(args)
+
+
 def test_two_targets_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     """Exactly one place to go."""
     with pytest.raises(SystemExit):
         parse("replay", "p", "--to-earliest", "--to-latest")
     assert "not allowed with" in capsys.readouterr().err
     assert parse("replay", "p", "--shift-by", "-100").shift == "-100"
-
-
-def test_moves_can_be_compared() -> None:
-    """Plans are values."""
-    move = Move(T("in", 0), 3, 1, run_again=2)
-    assert replace(move, note="") == move
-    assert SystemClock().now_ms() > 0
