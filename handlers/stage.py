@@ -6,7 +6,8 @@ import inspect
 from asyncio import CancelledError
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal, Protocol, TypeAlias, cast
+from difflib import get_close_matches
+from typing import Any, Literal, Protocol, TypeAlias, TypedDict, cast
 
 from ..state.codec import dumps
 from ..state.errors import BadRowError, ConfigError
@@ -137,6 +138,42 @@ class Stage:
         if getattr(error, "then", None) == "fail":  # a stage inside an element says so
             return "fail"
         return "dead_letter" if isinstance(self.on_error, Mapping) else self.on_error
+
+
+class StageOptions(TypedDict, total=False):
+    """The options of :func:`make_stage`, for functions that pass them on."""
+
+    name: str | None
+    batch: int | None
+    frame: bool
+    timeout: float | None
+    concurrency: int | None
+    retry: Retry | int | None
+    breaker: CircuitBreaker | None
+    limit: RateLimit | None
+    cache: Cache | None
+    price: Price | None
+    fallback: Mapping[str, Any] | Handler | None
+    on_error: OnError
+    when: Handler | None
+    input: Any
+    output: Any
+    parse: bool
+    executor: Literal["process"] | None
+
+
+def check_option_names(options: Mapping[str, Any]) -> None:
+    """Refuse what is no option of a stage.
+
+    Raises:
+        ConfigError: naming the option, and the one that was probably meant.
+    """
+    known = StageOptions.__annotations__
+    for option, value in options.items():
+        if option not in known:
+            close = get_close_matches(option, known, 1)
+            remedy = f"did you mean {close[0]}=?" if close else f"there are {', '.join(known)}"
+            raise ConfigError(f"stage({option}=)", value, f"there is no such option; {remedy}")
 
 
 def make_stage(

@@ -4,21 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, Unpack, overload
 
-from ..handlers.breaker import CircuitBreaker
-from ..handlers.budget import Budget, Price
-from ..handlers.cache import Cache
+from ..handlers.budget import Budget
 from ..handlers.capture import captured, is_installed
 from ..handlers.chain import Chain
 from ..handlers.context import RowContext, key_bytes
 from ..handlers.executors import BlockingPool
-from ..handlers.limits import RateLimit
 from ..handlers.outcomes import Failure, Outcome
-from ..handlers.retry import Retry
 from ..handlers.runtime import Runtime
 from ..handlers.schema import make_validator
-from ..handlers.stage import Handler, OnError, Stage, make_stage
+from ..handlers.stage import Handler, Stage, StageOptions, check_option_names, make_stage
 from ..state.artifact_stores import open_artifacts
 from ..state.artifacts import ARTIFACT_LIMIT, ArtifactStore
 from ..state.codec import MAX_DEPTH
@@ -128,28 +124,7 @@ class Pipeline:
     @overload
     def stage(self, handler: H) -> H: ...
     @overload
-    def stage(
-        self,
-        handler: None = None,
-        *,
-        name: str | None = None,
-        batch: int | None = None,
-        frame: bool = False,
-        timeout: float | None = None,
-        concurrency: int | None = None,
-        retry: Retry | int | None = None,
-        breaker: CircuitBreaker | None = None,
-        limit: RateLimit | None = None,
-        cache: Cache | None = None,
-        price: Price | None = None,
-        fallback: Mapping[str, Any] | Handler | None = None,
-        on_error: OnError = "dead_letter",
-        when: Handler | None = None,
-        input: Any = None,
-        output: Any = None,
-        parse: bool = False,
-        executor: Literal["process"] | None = None,
-    ) -> Callable[[H], H]: ...
+    def stage(self, handler: None = None, **options: Unpack[StageOptions]) -> Callable[[H], H]: ...
     def stage(self, handler: Any = None, **options: Any) -> Any:
         """Decorator: append a function as the next stage. It stays an ordinary function.
 
@@ -165,44 +140,18 @@ class Pipeline:
 
         return decorate
 
-    def add(
-        self,
-        handler: Handler | Stage,
-        *,
-        name: str | None = None,
-        batch: int | None = None,
-        frame: bool = False,
-        timeout: float | None = None,
-        concurrency: int | None = None,
-        retry: Retry | int | None = None,
-        breaker: CircuitBreaker | None = None,
-        limit: RateLimit | None = None,
-        cache: Cache | None = None,
-        price: Price | None = None,
-        fallback: Mapping[str, Any] | Handler | None = None,
-        on_error: OnError = "dead_letter",
-        when: Handler | None = None,
-        input: Any = None,  # noqa: A002
-        output: Any = None,
-        parse: bool = False,
-        executor: Literal["process"] | None = None,
-    ) -> Pipeline:
+    def add(self, handler: Handler | Stage, **options: Unpack[StageOptions]) -> Pipeline:
         """Append a handler, or a finished Stage, as the next stage; returns the pipeline, so that calls chain.
 
         The options are those of :func:`~rowmill.handlers.stage.make_stage`.
 
         Raises:
-            ConfigError: an option is wrong, or another stage has the same name.
+            ConfigError: there is no such option, or it is wrong, or another stage has the same name.
         """
-        options: dict[str, Any] = {
-            "name": name, "batch": batch, "frame": frame, "timeout": timeout, "concurrency": concurrency,
-            "retry": retry, "breaker": breaker, "limit": limit, "cache": cache, "price": price, "fallback": fallback,
-            "on_error": on_error, "when": when, "input": input, "output": output, "parse": parse, "executor": executor,
-        }  # fmt: skip
+        check_option_names(options)
         if isinstance(handler, Stage):
-            extra = [option for option, value in options.items() if value not in (None, False, "dead_letter")]
-            if extra:
-                raise ConfigError(f"add({extra[0]}=)", options[extra[0]], "a finished Stage brings its own options")
+            for option, value in options.items():
+                raise ConfigError(f"add({option}=)", value, "a finished Stage brings its own options")
             stage = handler
         else:
             stage = make_stage(handler, **options)

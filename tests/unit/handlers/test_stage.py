@@ -5,11 +5,13 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from rowmill.handlers.stage import make_stage
+from rowmill import Pipeline
+from rowmill.handlers.stage import StageOptions, make_stage
 from rowmill.state.errors import ConfigError
 
 
@@ -156,3 +158,16 @@ def test_only_bare_calls_are_plain() -> None:
     assert make_stage(plain, batch=5).is_plain
     assert not make_stage(awaited).is_plain
     assert not make_stage(plain, timeout=1).is_plain
+
+
+def test_options_are_named_alike() -> None:
+    """What may be passed on to make_stage is what it takes."""
+    assert list(StageOptions.__annotations__) == list(inspect.signature(make_stage).parameters)[1:]
+
+
+def test_an_option_that_does_not_exist() -> None:
+    """A misspelt option is told with the one that was meant."""
+    with pytest.raises(ConfigError, match=r"stage\(retyr=\): got 3; there is no such option; did you mean retry=\?"):
+        Pipeline("p").stage(retyr=3)(dict)  # type: ignore[call-overload]
+    with pytest.raises(ConfigError, match=r"stage\(zzz=\): got 1; there is no such option; there are name, batch"):
+        Pipeline("p").add(dict, zzz=1)  # type: ignore[call-arg]

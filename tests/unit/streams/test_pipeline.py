@@ -113,8 +113,8 @@ def test_wrong_stages(handler: Any, options: dict[str, Any], setting: str) -> No
 
 
 def test_wrong_decorators() -> None:
-    """An unknown option of the decorator is a TypeError, as with any function."""
-    with pytest.raises(TypeError, match="attempts"):
+    """An unknown option of the decorator is told as what it is."""
+    with pytest.raises(ConfigError, match="attempts"):
         Pipeline("p").stage(attempts=5)(same)  # type: ignore[call-overload]
 
 
