@@ -185,7 +185,8 @@ class Fleet:
         """End all in an orderly way, and by force what does not end in time."""
         self.wanted = 0
         for process in self.alive:
-            self.ask_to_stop(process)
+            if process.told_to_stop is None:  # a second signal would end it at once
+                self.ask_to_stop(process)
         give_up = time.monotonic() + STOP_SECONDS
         while self.alive and time.monotonic() < give_up:
             self._reap()

@@ -143,8 +143,10 @@ async def test_killed_workers_pay_once(broker_url: str, name: str, tmp_path: Pat
             found = await complete(broker_url, name, rows, worker)
     assert sorted((row["n"], row["answer"]) for row in found) == [(n, n * 2) for n in range(rows)]
     check_paid(server, kills, rows, ON_ITS_WAY)
-    for kill in kills:  # twice the slots: a call may end, and the next begin, while the signal is on its way
-        assert 0 < sum(kill.hit(call, 0) for call in server.calls) <= 2 * CONCURRENCY
+    under_way = [sum(kill.hit(call, 0) for call in server.calls) for kill in kills]
+    assert sum(under_way) > 0  # one may come just between two rounds of calls, but not all
+    # Twice the slots: a call may end, and the next begin, while the signal is on its way.
+    assert max(under_way) <= 2 * CONCURRENCY
     context = await context_of(broker_url, name)
     assert (context.completed_rows, context.accumulated_cost) == (rows, Decimal(rows))
 
