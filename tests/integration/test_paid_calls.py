@@ -33,7 +33,7 @@ SUPPORT = Path(__file__).parents[1] / "support"
 CONCURRENCY = 20
 SEED = 4
 COMMIT_INTERVAL = 1.0
-ON_ITS_WAY = 0.05
+ON_ITS_WAY = 0.1
 """Seconds that an answer may need from the service's socket into the worker's cache."""
 NOT_YET_SHARED = 0.5
 """Seconds that an answer may need into the topic of shared answers."""
