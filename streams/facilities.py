@@ -10,7 +10,6 @@ from ..handlers.executors import BlockingPool
 from ..handlers.processes import ProcessHandler
 from ..handlers.runtime import Event, Runtime
 from ..state.answers import AnswerStores
-from ..state.artifact_stores import open_artifacts
 from ..state.clock import Clock
 from ..state.model import TopicPartition
 from .brokers.base import Broker
@@ -61,12 +60,11 @@ class Facilities:
         self._shared: SharedAnswers | None = None
         self._budget = pipeline.budget
         self._ledger: TopicLedger | None = None
-        artifacts = pipeline.artifacts
         self.runtime = Runtime(
             pool,
             clock,
             answers=self._answers,
-            artifacts=open_artifacts(artifacts).within(session.group) if isinstance(artifacts, str) else artifacts,
+            artifacts=pipeline.artifact_store(session.group),
             processes=options.processes,
         )
         self._remote = [stage.handler for stage in self._stages if isinstance(stage.handler, ProcessHandler)]

@@ -16,7 +16,7 @@ from ..handlers.runtime import Runtime
 from ..handlers.schema import make_validator
 from ..handlers.stage import Handler, Stage, StageOptions, check_option_names, make_stage
 from ..state.artifact_stores import open_artifacts
-from ..state.artifacts import ARTIFACT_LIMIT, ArtifactStore
+from ..state.artifacts import ARTIFACT_LIMIT, SHARED_SCOPE, ArtifactStore
 from ..state.codec import MAX_DEPTH
 from ..state.errors import ConfigError, RowmillError
 from ..state.memory import MemoryStore
@@ -215,7 +215,7 @@ class Pipeline:
 
         async def run() -> None:
             pool = BlockingPool(1)
-            runtime = Runtime(pool, artifacts=self._artifact_store())
+            runtime = Runtime(pool, artifacts=self.artifact_store())
             context = RowContext(
                 self.sources[0], 0, 0, 0, key, (), "process", lambda _: tables.view(tables, 0), runtime
             )
@@ -237,8 +237,11 @@ class Pipeline:
     def _admitted(self, row: Row) -> Row:
         return row if self.input is None else self.input.check(row)
 
-    def _artifact_store(self) -> ArtifactStore | None:
-        return open_artifacts(self.artifacts) if isinstance(self.artifacts, str) else self.artifacts
+    def artifact_store(self, scope: str = SHARED_SCOPE) -> ArtifactStore | None:
+        """Where large values go; a folder of the pipeline's puts them into this scope of it."""
+        if isinstance(self.artifacts, str):
+            return open_artifacts(self.artifacts, scope=scope)
+        return self.artifacts
 
     def run(
         self,

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
-import sys
 import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -15,6 +13,7 @@ from ...state.errors import ConfigError
 from .connect import broker_words, on_broker, shown_broker
 from .output import command, plural, say, table, width
 from .parser import Commands, add_broker, add_command, add_commits, add_max_deaths, add_state_dir
+from .progress import counted_progress
 
 if TYPE_CHECKING:
     from ..brokers.base import Broker
@@ -398,7 +397,7 @@ def _side(args: argparse.Namespace) -> int:
     job = _prepare(args)
     say(f"session {job.session.id} on {shown_broker(args)}", quiet=args.quiet)
     try:
-        with _progress(job) as report:
+        with counted_progress(job, job.session.id) as report:
             outcome = asyncio.run(_run_side(job, report))
     except InterruptedError:
         _say_stopped(job)
@@ -432,25 +431,6 @@ def _prepare(args: argparse.Namespace) -> _Job:
     )
     session = Session(pipeline.name, args.session or f"replay-{SystemClock().token()}")
     return _Job(args, pipeline, session, asked)
-
-
-@contextlib.contextmanager
-def _progress(job: _Job) -> Iterator[Progress]:
-    """A bar on a terminal, with logs above it; in any case count the rows."""
-    from ..progress import progress_bar
-
-    shown = False if job.args.no_progress or job.args.quiet or not sys.stderr.isatty() else None
-    with progress_bar(job.session.id, shown=shown) as draw, contextlib.ExitStack() as stack:
-        if shown is None:
-            from tqdm.contrib.logging import logging_redirect_tqdm
-
-            stack.enter_context(logging_redirect_tqdm())
-
-        def report(done: int, total: int | None) -> None:
-            job.done = done
-            draw(done, total)
-
-        yield report
 
 
 async def _run_side(job: _Job, report: Progress) -> RunOutcome:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,6 +22,7 @@ from .parser import (
     add_state_dir,
     whole_number,
 )
+from .progress import counted_progress
 
 if TYPE_CHECKING:
     from ..inputs import FileInput
@@ -172,7 +172,7 @@ def _run_to_end(job: _Job) -> RunOutcome | None:
     from ..errors import BrokerError, BrokerUnreachableError, RowFailedError, StalledError
 
     try:
-        with _progress(job) as report:
+        with counted_progress(job, job.pipeline.name) as report:
             return asyncio.run(_attempt(job, report))
     except InterruptedError:
         say(f"stopped after {plural(job.done, 'row')}; everything done is kept. To go on:\n  {job.again}")
@@ -208,25 +208,6 @@ async def _attempt(job: _Job, report: Callable[[int, int | None], None]) -> RunO
     note = "" if job.args.quiet else "stopping: rows in work are finished and kept (once more: stop at once)"
     with orderly_stop(run.interrupt, note) as job.caught:
         return await run.execute()
-
-
-@contextlib.contextmanager
-def _progress(job: _Job) -> Iterator[Callable[[int, int | None], None]]:
-    """A bar on a terminal, with logs above it; in any case count the rows."""
-    from ..progress import progress_bar
-
-    shown = False if job.args.no_progress or job.args.quiet or not sys.stderr.isatty() else None
-    with progress_bar(job.pipeline.name, shown=shown) as draw, contextlib.ExitStack() as stack:
-        if shown is None:
-            from tqdm.contrib.logging import logging_redirect_tqdm
-
-            stack.enter_context(logging_redirect_tqdm())
-
-        def report(done: int, total: int | None) -> None:
-            job.done = done
-            draw(done, total)
-
-        yield report
 
 
 # --- afterwards ------------------------------------------------------------------------------------------------
