@@ -29,6 +29,14 @@ if TYPE_CHECKING:
     from .handlers.graph import Graph, GraphResult
     from .handlers.graph_run import NodeReport
     from .handlers.limits import RateLimit
+    from .handlers.observers import (
+        CostTrackingObserver,
+        ExecutionObserver,
+        LoggingObserver,
+        ObserverDispatcher,
+        ProgressBarObserver,
+        RowFailure,
+    )
     from .handlers.outcomes import Failure
     from .handlers.registry import Registry
     from .handlers.retry import Retry
@@ -38,8 +46,16 @@ if TYPE_CHECKING:
     from .state.artifacts import ArtifactError, ArtifactStore
     from .state.context import ExecutionContext
     from .state.errors import BadRowError, CheckpointError, ConfigError, RowmillError
+    from .state.execution import ExecutionState
     from .state.stats import ProcessingStats
+    from .streams.broker_checkpoints import BrokerCheckpointStorage
     from .streams.brokers.open import open_broker
+    from .streams.checkpoint_stores import (
+        CheckpointInfo,
+        CheckpointStorage,
+        FileCheckpointStorage,
+        MemoryCheckpointStorage,
+    )
     from .streams.client import Message, publish, read
     from .streams.dlq import dead_letters, purge_dead_letters, retry_dead_letters
     from .streams.dlq_letters import DeadLetter
@@ -49,18 +65,23 @@ if TYPE_CHECKING:
         BrokerUnreachableError,
         FencedError,
         GroupBusyError,
+        IllegalTransitionError,
         InputError,
         OffsetOutOfRangeError,
         RowFailedError,
+        SessionCancelledError,
         SessionError,
         StalledError,
         TopicError,
     )
     from .streams.executors import AsyncExecutor, ExecutionStrategy, StreamingExecutor, SyncExecutor
+    from .streams.operating import cancel_session, pause_session, resume_session, sessions
     from .streams.options import WorkerOptions
     from .streams.pipeline import Pipeline
     from .streams.results import CostEstimate, ErrorInfo, ExecutionResult
     from .streams.session import Session
+    from .streams.state_manager import StateManager
+    from .streams.status import SessionStatus
     from .streams.streaming import StreamingResult
     from .streams.worker import Worker
 
@@ -73,36 +94,48 @@ _HOMES = {
     "Assembly": "handlers.analysis",
     "AsyncExecutor": "streams.executors",
     "BadRowError": "state.errors",
+    "BrokerCheckpointStorage": "streams.broker_checkpoints",
     "BrokerError": "streams.errors",
     "BrokerTimeoutError": "streams.errors",
     "BrokerUnreachableError": "streams.errors",
     "Budget": "handlers.budget",
     "Cache": "handlers.cache",
     "CheckpointError": "state.errors",
+    "CheckpointInfo": "streams.checkpoint_stores",
+    "CheckpointStorage": "streams.checkpoint_stores",
     "CircuitBreaker": "handlers.breaker",
     "ConfigError": "state.errors",
     "CostEstimate": "streams.results",
     "CostTracker": "handlers.costs",
+    "CostTrackingObserver": "handlers.observers",
     "DeadLetter": "streams.dlq_letters",
     "ErrorInfo": "streams.results",
     "Events": "handlers.dispatch",
     "ExecutionContext": "state.context",
+    "ExecutionObserver": "handlers.observers",
     "ExecutionResult": "streams.results",
+    "ExecutionState": "state.execution",
     "ExecutionStrategy": "streams.executors",
     "Failure": "handlers.outcomes",
     "FencedError": "streams.errors",
+    "FileCheckpointStorage": "streams.checkpoint_stores",
     "Graph": "handlers.graph",
     "GraphError": "handlers.errors",
     "GraphResult": "handlers.graph",
     "GroupBusyError": "streams.errors",
     "HandlerTimeoutError": "handlers.errors",
+    "IllegalTransitionError": "streams.errors",
     "InputError": "streams.errors",
+    "LoggingObserver": "handlers.observers",
+    "MemoryCheckpointStorage": "streams.checkpoint_stores",
     "Message": "streams.client",
     "NodeReport": "handlers.graph_run",
+    "ObserverDispatcher": "handlers.observers",
     "OffsetOutOfRangeError": "streams.errors",
     "Pipeline": "streams.pipeline",
     "ProcessDiedError": "handlers.errors",
     "ProcessingStats": "state.stats",
+    "ProgressBarObserver": "handlers.observers",
     "RateLimit": "handlers.limits",
     "Registry": "handlers.registry",
     "Retry": "handlers.retry",
@@ -110,13 +143,17 @@ _HOMES = {
     "Router": "handlers.routing",
     "RowContext": "handlers.context",
     "RowFailedError": "streams.errors",
+    "RowFailure": "handlers.observers",
     "RowmillError": "state.errors",
     "SchemaError": "handlers.errors",
     "Session": "streams.session",
+    "SessionCancelledError": "streams.errors",
     "SessionError": "streams.errors",
+    "SessionStatus": "streams.status",
     "Stage": "handlers.stage",
     "StageFailedError": "handlers.errors",
     "StalledError": "streams.errors",
+    "StateManager": "streams.state_manager",
     "StopExecution": "handlers.errors",
     "StreamingExecutor": "streams.executors",
     "StreamingResult": "streams.streaming",
@@ -125,13 +162,17 @@ _HOMES = {
     "UnroutedError": "handlers.errors",
     "Worker": "streams.worker",
     "WorkerOptions": "streams.options",
+    "cancel_session": "streams.operating",
     "dead_letters": "streams.dlq",
     "open_artifacts": "state.artifact_stores",
     "open_broker": "streams.brokers.open",
+    "pause_session": "streams.operating",
     "publish": "streams.client",
     "purge_dead_letters": "streams.dlq",
     "read": "streams.client",
+    "resume_session": "streams.operating",
     "retry_dead_letters": "streams.dlq",
+    "sessions": "streams.operating",
 }
 
 __all__ = [
@@ -141,36 +182,48 @@ __all__ = [
     "Assembly",
     "AsyncExecutor",
     "BadRowError",
+    "BrokerCheckpointStorage",
     "BrokerError",
     "BrokerTimeoutError",
     "BrokerUnreachableError",
     "Budget",
     "Cache",
     "CheckpointError",
+    "CheckpointInfo",
+    "CheckpointStorage",
     "CircuitBreaker",
     "ConfigError",
     "CostEstimate",
     "CostTracker",
+    "CostTrackingObserver",
     "DeadLetter",
     "ErrorInfo",
     "Events",
     "ExecutionContext",
+    "ExecutionObserver",
     "ExecutionResult",
+    "ExecutionState",
     "ExecutionStrategy",
     "Failure",
     "FencedError",
+    "FileCheckpointStorage",
     "Graph",
     "GraphError",
     "GraphResult",
     "GroupBusyError",
     "HandlerTimeoutError",
+    "IllegalTransitionError",
     "InputError",
+    "LoggingObserver",
+    "MemoryCheckpointStorage",
     "Message",
     "NodeReport",
+    "ObserverDispatcher",
     "OffsetOutOfRangeError",
     "Pipeline",
     "ProcessDiedError",
     "ProcessingStats",
+    "ProgressBarObserver",
     "RateLimit",
     "Registry",
     "Retry",
@@ -178,13 +231,17 @@ __all__ = [
     "Router",
     "RowContext",
     "RowFailedError",
+    "RowFailure",
     "RowmillError",
     "SchemaError",
     "Session",
+    "SessionCancelledError",
     "SessionError",
+    "SessionStatus",
     "Stage",
     "StageFailedError",
     "StalledError",
+    "StateManager",
     "StopExecution",
     "StreamingExecutor",
     "StreamingResult",
@@ -193,13 +250,17 @@ __all__ = [
     "UnroutedError",
     "Worker",
     "WorkerOptions",
+    "cancel_session",
     "dead_letters",
     "open_artifacts",
     "open_broker",
+    "pause_session",
     "publish",
     "purge_dead_letters",
     "read",
+    "resume_session",
     "retry_dead_letters",
+    "sessions",
 ]
 
 

@@ -222,6 +222,8 @@ async def attempt(stage: Stage, row: Row, context: RowContext | None, runtime: R
 
     Whatever the handler does wrong is the row's Failure.
     """
+    if runtime.traced is not None:
+        stage = runtime.traced(stage)
     if not stage.is_policed:
         return await bare_attempt(stage, row, context, runtime)
     policed = runtime.policed(stage)

@@ -49,7 +49,7 @@ class RowContext:
     __slots__ = (
         "_charged", "_headers", "_key", "_open_tables", "_root", "_runtime", "_tables", "cost", "emitted",
         "has_reported", "is_defaulted", "lines", "offset", "partition", "placed", "session", "timestamp", "tokens",
-        "topic",
+        "topic", "trace",
     )  # fmt: skip
 
     def __init__(
@@ -87,6 +87,8 @@ class RowContext:
         """Whether some stage failed and the row went on with its fallback."""
         self.placed: Any = None
         """The engine's own: what the row's results became, where that had to be settled before the commit."""
+        self.trace: Any = None
+        """The engine's own: the row's span, where rows are traced."""
 
     def fork(self) -> RowContext:
         """A context for one attempt of a stage: it begins as this one is, and what it collects is its own.
@@ -100,6 +102,7 @@ class RowContext:
         )  # fmt: skip
         attempt._root = self._root or self
         attempt.lines = self.lines
+        attempt.trace = self.trace
         if self._tables is not None:
             attempt._tables = self._tables.fork()
         return attempt

@@ -46,6 +46,11 @@ class Flight:
         self.key = key
         self.sender = sender
 
+    @property
+    def is_fresh(self) -> bool:
+        """Whether nothing was paid for it so far: beginning it anew later costs nobody anything."""
+        return self.context is None or not (self.context.cost or self.context.tokens)
+
 
 class _Paused(NamedTuple):
     """What wakes a row that waits, and whose leave it may hold."""
@@ -106,6 +111,8 @@ class Flow:
             self._segments.append(segment)
         assert segment is not None  # noqa: S101 - a chain has stages
         self._first = segment
+        self._segments.reverse()
+        self._entrance = _entrance(self._segments)
 
     def enter(self, flight: Flight) -> None:
         """Start a row, or queue it behind the rows of its key."""
@@ -174,20 +181,33 @@ class Flow:
                 go_on(flight)
 
         timer = loop.call_later(pause.seconds, resume) if pause.seconds is not None else None
-        self._paused[flight] = _Paused(timer, policed)
-        if self._is_late(timer):
+        self._paused[flight] = paused = _Paused(timer, policed)
+        if self._is_late(paused, flight):
             self._give_up(flight)
         elif pause.until is not None:
             pause.until.add_done_callback(resume)
 
     def drain(self, seconds: float) -> None:
-        """Give up rows that wait for longer than this, or for nobody knows how long, now and from now on."""
-        self._latest = asyncio.get_running_loop().time() + seconds
-        for flight in [flight for flight, paused in self._paused.items() if self._is_late(paused.timer)]:
-            self._give_up(flight)
+        """Let rows in work finish. Others are given up, now and from now on.
 
-    def _is_late(self, timer: asyncio.TimerHandle | None) -> bool:
-        return self._latest is not None and (timer is None or timer.when() > self._latest)
+        Those are rows that wait for longer than this, or for nobody knows how long; and rows for which nothing was
+        called yet but plain functions: with a thousand of them before a slow stage the end would be minutes away.
+        """
+        self._latest = asyncio.get_running_loop().time() + seconds
+        for flight in [flight for flight, paused in self._paused.items() if self._is_late(paused, flight)]:
+            self._give_up(flight)
+        for segment in self._entrance:
+            for flight in segment.turn_back():
+                self.give_up([flight])
+
+    def _is_late(self, paused: _Paused, flight: Flight) -> bool:
+        """Whether a row that waits should not wait any longer, because the flow ends."""
+        if self._latest is None:
+            return False
+        if paused.timer is None or paused.timer.when() > self._latest:
+            return True
+        is_new = flight.trial is not None and not flight.trial.attempts and flight.is_fresh
+        return is_new and self._entrance[-1].is_of(paused.policed.stage)
 
     def _give_up(self, flight: Flight) -> None:
         self._drop(flight)
@@ -245,6 +265,14 @@ class Flow:
             await asyncio.wait(tasks, timeout=_CLOSE_SECONDS)
 
 
+def _entrance(segments: Sequence[_Segment]) -> Sequence[_Segment]:
+    """The segments whose queues hold rows for which nothing but plain functions was called."""
+    plain = 0
+    while plain < len(segments) - 1 and isinstance(segments[plain], _Plain):
+        plain += 1
+    return segments[: plain + 1]
+
+
 def _make_segment(
     flow: Flow,
     stages: tuple[Stage, ...],
@@ -269,6 +297,7 @@ class _Segment(ABC):
         self._flow = flow
         self._leave = leave
         self._queue: deque[Flight] = deque()
+        self._turns_back = False
 
     def enter(self, flight: Flight) -> None:
         """Queue a row; one that is done already (dropped, failed) only passes through."""
@@ -277,12 +306,29 @@ class _Segment(ABC):
         if flight.value is None or flight.value.__class__ is Failure:
             self._leave(flight)
             return
+        if self._turns_back and flight.is_fresh:
+            self._flow.give_up([flight])
+            return
         self._queue.append(flight)
         self._wake()
 
     @abstractmethod
     def _wake(self) -> None:
         """Something is in the queue: see that somebody works on it."""
+
+    def is_of(self, stage: Stage) -> bool:
+        """Whether this is the segment of that one stage."""
+        del stage
+        return False
+
+    def turn_back(self) -> list[Flight]:
+        """Take no further row, and hand out those in the queue; but rows that something was paid for go on."""
+        self._turns_back = True
+        fresh = [flight for flight in self._queue if flight.is_fresh]
+        paid = [flight for flight in self._queue if not flight.is_fresh]
+        self._queue.clear()
+        self._queue.extend(paid)
+        return fresh
 
     def close(self) -> None:  # noqa: B027 - most have nothing to give back
         """Nothing more will be worked on."""
@@ -423,6 +469,10 @@ class _PolicedLanes(_Lanes):
     def _come_back(self, flight: Flight) -> None:
         self._returned.append(flight)
         self._wake()
+
+    def is_of(self, stage: Stage) -> bool:
+        """Whether this is the segment of that one stage."""
+        return stage is self._stage
 
     def close(self) -> None:
         """Give back what rows hold that wait for a lane again."""

@@ -35,9 +35,9 @@ log = logging.getLogger(__name__)
 
 
 class Event(NamedTuple):
-    """Something that people want to hear of: a breaker that opened, a budget that is used up.
+    """Something that people want to hear of: a breaker that opened, a budget that is used up, a row that failed.
 
-    ``kind`` is a stable name, ``subject`` the resource or stage, ``detail`` JSON.
+    ``kind`` is a stable name (docs/events.md lists them), ``subject`` the resource or stage, ``detail`` JSON.
     """
 
     kind: str
@@ -112,6 +112,8 @@ class Runtime:
         self._caches: dict[str, StageCache] = {}
         self.listeners: list[Callable[[Event], object]] = [_log]
         """Told of every event; one that raises is logged, and harms nobody."""
+        self.traced: Callable[[Stage], Stage] | None = None
+        """Gives stages spans, where rows are traced; for those inside of elements, which are made by the user."""
         self._ending: asyncio.Event | None = None
         self._ends_at: float | None = None
         self._slots: dict[str, asyncio.Semaphore] = {}
@@ -151,6 +153,11 @@ class Runtime:
         if self._ending is None:
             self._ending = asyncio.Event()
         return self._ending
+
+    def go_on(self) -> None:
+        """It does not end after all: it was paused. Rows wait again for as long as they like."""
+        self._ends_at = None
+        self._ending = None
 
     def may_wait(self, seconds: float | None) -> bool:
         """Whether a row may wait for so long; None: nobody knows how long."""
@@ -255,7 +262,7 @@ class Runtime:
         return self._breakers
 
     def tell(self, event: Event) -> None:
-        """Tell every listener."""
+        """Tell every listener, in the caller's thread: they are quick, and bear being called from any."""
         for listener in self.listeners:
             try:
                 listener(event)
@@ -267,8 +274,8 @@ class Runtime:
 
 
 def _log(event: Event) -> None:
-    """What a budget tells is logged where it is known best."""
-    if event.subject != "budget":
+    """Breakers' events; all others are logged where they are known best, or would be too many."""
+    if event.kind.startswith("breaker_"):
         level = logging.WARNING if event.kind == "breaker_open" else logging.INFO
         log.log(level, "%s: %s %s", event.subject, event.kind, event.detail or "")
 

@@ -4,7 +4,9 @@ The group's committed offset stays the one that counts. This record is its witne
 checkpoint from a group that forgot it (offsets expire), a store that ran ahead of the broker, a topic that was made
 anew, and a task that died without saying goodbye.
 
-Format, version 1: a JSON object under the key ``.checkpoint``.
+Format, version 1: a JSON object under the key ``.checkpoint``. Version 2 has ``rebuild`` besides, and is written only
+while tables are made again: an older rowmill, which would give those rows' results once more, refuses it by its
+version; before and after, it reads what a newer one wrote.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ CHECKPOINT_KEY = b".checkpoint"
 """The record's key in store and changelog; no table's name begins with a dot."""
 
 _VERSION = 1
+_REBUILDING = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +40,9 @@ class CheckpointRecord:
         owner: the process that made the commit.
         generation: a name for this life of the changelog; one that was deleted and made anew has another.
         starts: how often rows that may have killed their process were begun since, by offset.
+        rebuild_until: rows below this offset run only for what they write to tables, which are made again; None: they
+            are not.
+        rebuild_map: an offset map's text: which rows from there on have had their results as well.
     """
 
     offset: int
@@ -48,6 +54,8 @@ class CheckpointRecord:
     starts: dict[int, int]
     owner: str
     generation: str
+    rebuild_until: int | None = None
+    rebuild_map: str = ""
 
     def agrees_with(self, committed: Committed) -> bool:
         """Whether the group's commit is the one this record was written with."""
@@ -55,9 +63,10 @@ class CheckpointRecord:
 
     def encode(self) -> bytes:
         """The record's value."""
+        rebuild = {} if self.rebuild_until is None else {"rebuild": [self.rebuild_until, self.rebuild_map]}
         return dumps(
             {
-                "version": _VERSION,
+                "version": _REBUILDING if rebuild else _VERSION,
                 "offset": self.offset,
                 "map_crc": self.map_crc,
                 "stopped": self.stopped,
@@ -67,6 +76,7 @@ class CheckpointRecord:
                 "starts": {str(offset): count for offset, count in self.starts.items()},
                 "owner": self.owner,
                 "generation": self.generation,
+                **rebuild,
             }
         )
 
@@ -80,14 +90,16 @@ class CheckpointRecord:
         try:
             fields = loads(value)
             version = fields.pop("version")
-            if version != _VERSION:
+            if version not in {_VERSION, _REBUILDING}:
                 raise CheckpointError(
-                    f"the changelog's checkpoint is of version {version}; this rowmill reads {_VERSION}: run a newer"
+                    f"the changelog's checkpoint is of version {version}; this rowmill reads {_VERSION} and "
+                    f"{_REBUILDING}: run a newer"
                 )
+            until, offset_map = fields.pop("rebuild") if version == _REBUILDING else (None, "")
             witness = fields.pop("witness")
             starts = {int(offset): int(count) for offset, count in fields.pop("starts").items()}
             place = None if witness is None else (int(witness[0]), int(witness[1]))
-            return cls(**fields, witness=place, starts=starts)
+            return cls(**fields, witness=place, starts=starts, rebuild_until=until, rebuild_map=offset_map)
         except (ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
             raise CheckpointError(f"the changelog's checkpoint cannot be read ({error}): {value[:80]!r}…") from error
 

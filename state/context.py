@@ -91,11 +91,22 @@ def sum_costs(*amounts: Decimal) -> Decimal:
     return total
 
 
-class ExecutionObserver(Protocol):
-    """Who wants to hear of progress. Called in the thread that makes the progress, so it should be quick."""
+class ProgressObserver(Protocol):
+    """Who wants to hear of progress. Called in the thread that makes the progress, so it should be quick.
+
+    An ExecutionObserver is one as well; whoever hears of more than progress is told by an ObserverDispatcher.
+    """
 
     def on_progress_update(self, context: ExecutionContext, /) -> object:
         """Look at the context. What it returns is not used; what it raises is logged once and counted."""
+        ...
+
+
+class ProgressDispatcher(Protocol):
+    """Who takes news of progress to observers on other threads: an ObserverDispatcher."""
+
+    def progress(self, context: ExecutionContext, /) -> object:
+        """Pass the context on, as it is now, without waiting for anybody."""
         ...
 
 
@@ -113,8 +124,8 @@ class ExecutionContext:
 
     Belongs to one thread. For accounts of cost by stage see CostTracker; here are only the totals that are committed.
 
-    Two contexts are equal when their checkpoints are. What only a process knows (observers, trace and span ids) is
-    neither compared nor stored.
+    Two contexts are equal when their checkpoints are. What only a process knows (observers, names, trace and span
+    ids) is neither compared nor stored.
 
     Time: moments are in UTC. One without a time zone is taken for this machine's local time, since that is what
     ``datetime.now()``, and so ondine, wrote; load such a checkpoint under the TZ it was written under. Hand in
@@ -140,12 +151,13 @@ class ExecutionContext:
         intermediate_data: anything JSON that should survive a restart; keys that begin with ``rowmill.`` are taken.
         failed_rows: rows that became dead letters.
         skipped_rows: rows that failed in a stage that says ``on_error="skip"``.
-        observers: told by :meth:`notify_progress`, in this order.
-        observer_dispatcher: carried for callers that pass one along; rowmill does not use it.
+        observers: told by :meth:`notify_progress`, in this order, in its caller's thread.
+        observer_dispatcher: told by :meth:`notify_progress` as well; it tells its own observers on their threads.
         trace_id, span_id: for logs and traces; new ones in every process.
         processed_rows: rows that gave at least one result.
         dropped_rows: rows for which a handler gave no result, on purpose.
         defaulted_rows: of the processed ones, those in which a fallback took a failed stage's place.
+        pipeline_name, session_name, worker_name: what people call them, for logs; "" where nobody said.
         observer_errors: how often an observer raised.
 
     Raises:
@@ -164,15 +176,18 @@ class ExecutionContext:
     intermediate_data: dict[str, Any] = field(default_factory=dict)
     failed_rows: int = 0
     skipped_rows: int = 0
-    observers: list[ExecutionObserver] = field(default_factory=list, repr=False, compare=False)
-    observer_dispatcher: Any = field(default=None, repr=False, compare=False)
+    observers: list[ProgressObserver] = field(default_factory=list, repr=False, compare=False)
+    observer_dispatcher: ProgressDispatcher | None = field(default=None, repr=False, compare=False)
     trace_id: str = field(default_factory=_new_id, compare=False)
     span_id: str = field(default_factory=_new_id, compare=False)
     processed_rows: int = _UNCOUNTED
     dropped_rows: int = 0
     defaulted_rows: int = 0
+    pipeline_name: str = field(default="", compare=False)
+    session_name: str = field(default="", compare=False)
+    worker_name: str = field(default="", compare=False)
     observer_errors: int = field(default=0, init=False, repr=False, compare=False)
-    _blamed: list[ExecutionObserver] = field(default_factory=list, init=False, repr=False, compare=False)
+    _blamed: list[object] = field(default_factory=list, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         self.start_time = _utc(self.start_time)
@@ -221,14 +236,19 @@ class ExecutionContext:
         self.accumulated_tokens += number
 
     def notify_progress(self) -> None:
-        """Tell every observer. One that raises harms neither the others nor the caller."""
+        """Tell every observer, and the dispatcher. One that raises harms neither the others nor the caller."""
         for observer in list(self.observers):
             try:
                 observer.on_progress_update(self)
             except Exception as error:  # noqa: BLE001 - whatever it is, it must not stop the rows
                 self._blame(observer, error)
+        if self.observer_dispatcher is not None:
+            try:
+                self.observer_dispatcher.progress(self)
+            except Exception as error:  # noqa: BLE001 - it may be anybody's
+                self._blame(self.observer_dispatcher, error)
 
-    def _blame(self, observer: ExecutionObserver, error: Exception) -> None:
+    def _blame(self, observer: object, error: Exception) -> None:
         self.observer_errors += 1
         if any(known is observer for known in self._blamed):
             return
@@ -349,7 +369,7 @@ class ExecutionContext:
 
         Rows, cost, tokens and ``observer_errors`` are summed up. It began when the first one did, and is over, when
         the last one is, once all are. ``current_stage_index`` is the stage that all have reached,
-        ``last_processed_row`` the furthest position, the pipeline and the trace those of the first context.
+        ``last_processed_row`` the furthest position, the pipeline, the trace and the names those of the first context.
         ``intermediate_data`` and observers stay with the partitions: the view is for looking, not to go on from.
 
         Raises:
@@ -382,6 +402,9 @@ class ExecutionContext:
             trace_id=first.trace_id,
             span_id=first.span_id,
             processed_rows=sum(part.processed_rows for part in parts),
+            pipeline_name=first.pipeline_name,
+            session_name=first.session_name,
+            worker_name=first.worker_name,
         )
         merged.observer_errors = sum(part.observer_errors for part in parts)
         return merged

@@ -309,6 +309,17 @@ class RocksStores(Stores):
         return aside
 
 
+def group_folders(root: Path, group: str) -> list[Path]:
+    """What :func:`forget_group` would delete: the folders of a group's stores that are there."""
+    places = [slot / _folder_name(group) for slot in sorted(root.glob("worker-*/"))]
+    return [folder for place in places for folder in (place, _gone(place)) if folder.is_dir()]
+
+
+def _gone(folder: Path) -> Path:
+    """Where a group's folder lies while it is being deleted."""
+    return folder.with_name(f"{folder.name[:200]}%gone")
+
+
 def forget_group(root: Path, group: str) -> None:
     """Delete every store of a group that is over, whichever worker of this machine had it. None is no error.
 
@@ -319,7 +330,7 @@ def forget_group(root: Path, group: str) -> None:
     """
     for slot in root.glob("worker-*/"):
         folder = slot / _folder_name(group)
-        gone = folder.with_name(f"{folder.name[:200]}%gone")
+        gone = _gone(folder)
         try:
             _delete(gone)
             if folder.exists():

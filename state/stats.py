@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,15 +16,24 @@ class ProcessingStats:
     some stage failed and its fallback took its place.
 
     ``results`` may be more than ``processed_rows``, for a row may have several; None where nobody counted them: an
-    ExecutionContext counts rows only. Name the arguments.
+    ExecutionContext counts rows only. The first six are in ondine's order; name the others.
     """
 
     total_rows: int
     processed_rows: int
     failed_rows: int
     skipped_rows: int
-    results: int | None = None
     rows_per_second: float = 0.0
     total_duration_seconds: float = 0.0
     dropped_rows: int = 0
     defaulted_rows: int = 0
+    results: int | None = None
+
+    @property
+    def completed_rows(self) -> int:
+        """Rows that are done, whatever became of them."""
+        return self.processed_rows + self.failed_rows + self.skipped_rows + self.dropped_rows
+
+    def to_dict(self) -> dict[str, Any]:
+        """The figures by name, as JSON."""
+        return asdict(self)

@@ -22,6 +22,7 @@ from .inputs import Input, InputReader, InputRow, make_input
 from .loops import LoopThread, run_blocking
 from .partitioning import partition_for
 from .session import check_topic
+from .tracing import publishing
 
 if TYPE_CHECKING:
     import pandas as pd  # noqa: TID251 - for the type only
@@ -109,18 +110,20 @@ async def publish_input(
     done = Published(topic)
     producer, reader = broker.producer(), InputReader(rows)
     pending: list[Awaitable[None]] = []
+    system = "kafka" if broker.url.startswith("kafka") else "rowmill"
     try:
         async with deadline(_CALL_SECONDS, "start publishing"):
             await producer.start()
-        while chunk := await reader.take(_CHUNK):
-            pending += await _send(producer, topic, chunk, catalog.partitions(topic), done.rows, clock)
-            _count(done, chunk)
-            while len(pending) > _IN_FLIGHT * catalog.partitions(topic):
-                await _written(pending.pop(0))
-            if progress is not None:
-                progress(done.rows, rows.total)
-        for written in pending:
-            await _written(written)
+        with publishing(topic, system) as headers:
+            while chunk := await reader.take(_CHUNK):
+                pending += await _send(producer, topic, chunk, catalog.partitions(topic), done.rows, clock, headers)
+                _count(done, chunk)
+                while len(pending) > _IN_FLIGHT * catalog.partitions(topic):
+                    await _written(pending.pop(0))
+                if progress is not None:
+                    progress(done.rows, rows.total)
+            for written in pending:
+                await _written(written)
     finally:
         reader.close()
         await producer.close()
@@ -128,7 +131,13 @@ async def publish_input(
 
 
 async def _send(
-    producer: Producer, topic: str, chunk: list[InputRow], partitions: int, before: int, clock: Clock
+    producer: Producer,
+    topic: str,
+    chunk: list[InputRow],
+    partitions: int,
+    before: int,
+    clock: Clock,
+    headers: Headers = (),
 ) -> list[Awaitable[None]]:
     now = clock.now_ms()
     by_partition: dict[int, list[Outgoing]] = {}
@@ -137,7 +146,7 @@ async def _send(
         # Rows without a key go round the partitions in runs, so that a short file does not fill only the first.
         keyless = (turn + i * partitions // len(chunk)) % partitions
         partition = keyless if row.key is None else partition_for(row.key, partitions)
-        by_partition.setdefault(partition, []).append(Outgoing(row.key, row.value, now))
+        by_partition.setdefault(partition, []).append(Outgoing(row.key, row.value, now, headers))
     async with deadline(_CALL_SECONDS, f"publish to {topic}"):
         return [await producer.send(TopicPartition(topic, p), records) for p, records in by_partition.items()]
 

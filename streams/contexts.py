@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from datetime import UTC, datetime
 
 from ..state.clock import Clock
-from ..state.context import ExecutionContext
+from ..state.context import ExecutionContext, pipeline_uuid, session_uuid
 from ..state.model import TopicPartition
 from .brokers.base import Broker
 from .restore import last_checkpoint
 from .session import Session
+
+
+def new_context(session: Session, clock: Clock) -> ExecutionContext:
+    """The context of a session, or of one of its partitions, that begins now."""
+    return ExecutionContext(
+        session_id=session_uuid(session.group),
+        pipeline_id=pipeline_uuid(session.pipeline),
+        start_time=datetime.fromtimestamp(clock.now_ms() / 1000, UTC),
+    )
 
 
 async def session_context(

@@ -10,6 +10,9 @@ RowmillError
 ├── OffsetOutOfRangeError    you: the committed offset no longer exists; choose where to go on
 ├── RowFailedError           you: a row failed in a stage that says on_error="fail"; mend the cause, go on
 ├── SessionError             you: the session exists and does not fit what was asked
+│   ├── SessionCancelledError  an operator cancelled it; start it again to go on
+│   └── NoCheckpointError    there is no such session to go on with; execute it first
+├── IllegalTransitionError   you: what was asked of the session does not go with what it is doing; see what that is
 ├── InputError               you: a file cannot be read or written
 └── StalledError             your supervisor: start the worker again
 
@@ -65,6 +68,24 @@ class OffsetOutOfRangeError(RowmillError):
 
 class SessionError(RowmillError):
     """A session of that name exists and belongs to something else."""
+
+
+class IllegalTransitionError(RowmillError, RuntimeError):
+    """What was asked of a session does not follow what is wanted of it, or what it is doing. Nothing was changed.
+
+    Also a RuntimeError, which callers of Python libraries expect of an object in the wrong state.
+    """
+
+
+class SessionCancelledError(SessionError):
+    """Somebody cancelled the session while it ran here. What has completed is kept; a new start goes on with it."""
+
+
+class NoCheckpointError(SessionError, ValueError):
+    """There is nothing to go on with: the broker knows no such session. Nothing was changed.
+
+    Also a ValueError, which users of ondine expect of ``resume``.
+    """
 
 
 class InputError(RowmillError):

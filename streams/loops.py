@@ -50,13 +50,32 @@ class LoopThread:
         try:
             self._loop.run_forever()
         finally:
-            tasks = asyncio.all_tasks(self._loop)
-            for task in tasks:
-                task.cancel()
-            if tasks:
-                self._loop.run_until_complete(asyncio.wait(tasks, timeout=5))
-            self._loop.run_until_complete(self._loop.shutdown_asyncgens())
-            self._loop.close()
+            _close(self._loop)
+
+
+def run_here(coroutine: Awaitable[T]) -> T:
+    """Run to the end on this thread, like ``asyncio.run``, but do not wait for threads that handlers have started.
+
+    ``asyncio.run`` waits for each ``asyncio.to_thread`` that is still under way: with a handler that hangs a worker
+    which was told to stop would never end.
+    """
+    loop = asyncio.new_event_loop()
+    try:
+        asyncio.set_event_loop(loop)
+        return loop.run_until_complete(coroutine)
+    finally:
+        _close(loop)
+        asyncio.set_event_loop(None)
+
+
+def _close(loop: asyncio.AbstractEventLoop) -> None:
+    tasks = asyncio.all_tasks(loop)
+    for task in tasks:
+        task.cancel()
+    if tasks:
+        loop.run_until_complete(asyncio.wait(tasks, timeout=5))
+    loop.run_until_complete(loop.shutdown_asyncgens())
+    loop.close()
 
 
 def run_blocking(coroutine: Callable[[], Awaitable[T]], on_interrupt: Callable[[], None] | None = None) -> T:

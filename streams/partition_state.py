@@ -5,20 +5,21 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Mapping, Sequence
-from datetime import UTC, datetime
 
 from ..handlers.executors import BlockingPool
 from ..state.checkpoint import CHECKPOINT_KEY, CheckpointRecord, crc_of
 from ..state.clock import Clock
-from ..state.context import ExecutionContext, pipeline_uuid, session_uuid
+from ..state.context import ExecutionContext
 from ..state.model import Committed, Outgoing, Record, TopicPartition
 from ..state.store import Store, StoreError, Stores
 from ..state.table import Stamped, TableSpec, restamp
 from ..state.tables import Layer, PartitionTables
 from .brokers.base import Broker
+from .contexts import new_context
 from .errors import CheckpointError
 from .options import WorkerOptions
 from .processing import Effects
+from .rebuild import Rebuild, rebuild_of
 from .restore import ChangelogReader, last_checkpoint
 from .session import Session
 from .transaction import CheckpointMovedError, read_checkpoint
@@ -78,11 +79,10 @@ class PartitionState:
         self._clock = clock
         self._tables: PartitionTables | None = None
         self.counts: dict[str, int] = dict.fromkeys(_COUNTS, 0)
-        self.context = ExecutionContext(
-            session_id=session_uuid(session.group),
-            pipeline_id=pipeline_uuid(session.pipeline),
-            start_time=datetime.fromtimestamp(clock.now_ms() / 1000, UTC),
-        )
+        self.context = new_context(session, clock)
+        self.rebuild: Rebuild | None = None
+        """Which rows keep silent, while tables are made again."""
+        self._silent_failures = 0
         self.starts: dict[int, int] = {}
         self._begun: set[int] = set()  # those of them that this task has begun
         self.witness: tuple[int, int] | None = None
@@ -180,7 +180,7 @@ class PartitionState:
             f"they stand at {position:,}, outside the changelog ({reader.start:,} to {reader.end:,})": (
                 not reader.start <= position <= reader.end
             ),
-            "the broker lost its newest transactions": stored.counts["rows"] > record.counts["rows"],
+            "the broker lost its newest transactions": _rows_run(stored) > _rows_run(record),
             "they do not end as the changelog does": position == reader.end and stored.encode() != record.encode(),
         }
         return next((why for why, applies in reasons.items() if applies), None)
@@ -274,6 +274,9 @@ class PartitionState:
         self.context = ExecutionContext.from_checkpoint(record.context)
         self.starts = dict(record.starts)
         self.witness = record.witness
+        self.rebuild = rebuild_of(record)
+        if self.rebuild is not None:
+            log.info("%s: tables are made again: rows before %d give no results", self._tp, self.rebuild.end)
         self._stopped = record.stopped
         self._generation = record.generation
         self.died = not record.stopped and record.owner != self._owner
@@ -331,6 +334,8 @@ class PartitionState:
         """The changelog records of a commit: what was taken, and the checkpoint with the new context."""
         self._count(effects)
         self._stopped = stopped
+        if self.rebuild is not None and checkpoint.offset >= self.rebuild.end:
+            self._end_rebuild(self.rebuild)
         self.starts = {offset: count for offset, count in self.starts.items() if offset >= checkpoint.offset}
         record = CheckpointRecord(
             checkpoint.offset,
@@ -342,11 +347,21 @@ class PartitionState:
             self._starts_as_told(stopped=stopped),
             self._owner,
             self._generation,
+            *(self.rebuild.stood if self.rebuild is not None else ()),
         )
         now = self._clock.now_ms()
         self._last_record = record.encode()
         taken[CHECKPOINT_KEY] = restamp(self._last_record, now)
         return PartitionTables.records(taken, now)
+
+    def _end_rebuild(self, rebuild: Rebuild) -> None:
+        log.info("%s: tables are made again, up to %d; rows give results from here on", self._tp, rebuild.end)
+        if self._silent_failures:
+            log.warning(
+                "%s: %d rows failed in that, and wrote nothing; they are no dead letters once more",
+                self._tp, self._silent_failures,
+            )  # fmt: skip
+        self.rebuild = None
 
     async def last_was_ours(self) -> bool | None:
         """Whether the changelog's newest checkpoint record is the one that :meth:`records` made last.
@@ -363,7 +378,11 @@ class PartitionState:
 
     def _count(self, effects: Effects) -> None:
         counts = self.counts
-        counts["rows"] += effects.rows
+        rows = effects.rows - effects.rebuilt
+        counts["rows"] += rows
+        if effects.rebuilt:
+            counts["rebuilt"] = counts.get("rebuilt", 0) + effects.rebuilt
+            self._silent_failures += effects.rebuilt_failed
         counts["results"] += effects.results
         counts["dropped"] += effects.dropped
         counts["skipped"] += effects.skipped
@@ -371,7 +390,7 @@ class PartitionState:
         counts["dead_letters"] += effects.dead_letters
         counts["emitted"] += effects.emitted
         context = self.context
-        context.processed_rows += effects.rows - effects.dropped - effects.skipped - effects.dead_letters
+        context.processed_rows += rows - effects.dropped - effects.skipped - effects.dead_letters
         context.dropped_rows += effects.dropped
         context.skipped_rows += effects.skipped
         context.defaulted_rows += effects.defaulted
@@ -394,6 +413,10 @@ class PartitionState:
         if tables is not None:
             await self._pool.run(tables.close)
             self._tables = None  # only now: cancelled meanwhile, the next close finds it still
+
+
+def _rows_run(record: CheckpointRecord) -> int:
+    return record.counts["rows"] + record.counts.get("rebuilt", 0)
 
 
 def _close_orphan(opening: asyncio.Future[Store]) -> None:

@@ -25,6 +25,7 @@ from typing import Any
 from ..handlers.flow import Flight, Flow, OnDone, OnGivenUp
 from ..handlers.outcomes import Failure
 from ..state.clock import Clock
+from ..state.context import ExecutionContext
 from ..state.model import Committed, Record, TopicPartition
 from ..state.store import StoreError
 from .catalog import UnknownTopicsError
@@ -35,6 +36,7 @@ from .offsets import OffsetMap, OffsetTracker, decode_map
 from .options import WorkerOptions
 from .partition_state import PartitionState
 from .processing import Batch, Effects, Processor
+from .snapshots import PartitionSnapshot
 from .transaction import Transactor
 
 log = logging.getLogger(__name__)
@@ -106,6 +108,7 @@ class PartitionTask:
         self._position = 0  # where the reader stands: everything before it was offered, or is a gap
         self._lot = 1
         self._lot_in_work = False  # taken from the inbox, and not known to the tracker yet
+        self._lot_rows = 0
         self._buffered_rows = 0  # taken from the reader and not yet committed
         self._buffered_bytes = 0
         self._flying_rows = 0
@@ -113,6 +116,8 @@ class PartitionTask:
         self._room = asyncio.Event()
         self._resumed = asyncio.Event()  # set unless a rebalance is under way
         self._resumed.set()
+        # When rows were begun: the offset behind each lot's last one, and the moment. For whoever watches only.
+        self._begun: deque[tuple[int, float]] = deque()
         # After a death, rows are begun with care: those below this offset, and so many behind it.
         self._careful_until = 0
         self._careful_rows = 0
@@ -159,6 +164,30 @@ class PartitionTask:
     def position(self) -> int:
         """The offset that the reader should look at next."""
         return self._position
+
+    @property
+    def context(self) -> ExecutionContext:
+        """The partition's context, as of its last commit."""
+        return self._state.context
+
+    def snapshot(self) -> PartitionSnapshot:
+        """How it stands now."""
+        in_work = self._flying_rows or self._lot_rows
+        low = self._tracker.low_watermark
+        while self._begun and self._begun[0][0] <= low:
+            self._begun.popleft()
+        since = self._begun[0][1] if in_work and self._begun else None
+        return PartitionSnapshot(
+            tp=self.tp,
+            state="running" if self.running else "opening",
+            committed=self.committed,
+            position=self._position,
+            buffered=self._buffered_rows,
+            in_flight=in_work,
+            oldest_offset=None if since is None else low,
+            oldest_seconds=None if since is None else round(self._clock.monotonic() - since, 3),
+            counts=dict(self._state.counts),
+        )
 
     def offer(self, records: Sequence[Record]) -> None:
         """Take records that the reader gave, in order. Those it gave before, ahead of a rebalance, are left out."""
@@ -313,7 +342,8 @@ class PartitionTask:
             taken = self._take(self._lot)
             self._lot_in_work = True
             records = self._tracker.still_to_run(taken)
-            began = self._clock.monotonic()
+            began = self._note_begun(taken)
+            self._lot_rows = len(records)
             async with self._care(records) as condemned:
                 if condemned is not None:
                     effects = self._processor.bury(records[0], condemned)
@@ -331,8 +361,17 @@ class PartitionTask:
         self.drain()
         self._on_halt(self.tp, failure)
 
+    def _note_begun(self, taken: Sequence[Record]) -> float:
+        now = self._clock.monotonic()
+        low = self._tracker.low_watermark
+        while self._begun and self._begun[0][0] <= low:
+            self._begun.popleft()
+        self._begun.append((taken[-1].offset + 1, now))
+        return now
+
     def _finish_lot(self, taken: Sequence[Record], effects: Effects) -> None:
         self._lot_in_work = False
+        self._lot_rows = 0
         if not taken:
             return
         self._state.absorb(effects.tables)
@@ -453,6 +492,8 @@ class PartitionTask:
             self._buffered_bytes -= _bytes(taken) - _bytes(running)
             taken = running
             self._commits.schedule()
+        if taken:
+            self._note_begun(taken)
         batch = Batch(taken)
         self._processor.decode(batch)
         if condemned is not None:

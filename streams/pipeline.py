@@ -11,6 +11,7 @@ from ..handlers.capture import captured, is_installed
 from ..handlers.chain import Chain
 from ..handlers.context import RowContext, key_bytes
 from ..handlers.executors import BlockingPool
+from ..handlers.observers import ExecutionObserver, checked_observer
 from ..handlers.outcomes import Failure, Outcome
 from ..handlers.runtime import Runtime
 from ..handlers.schema import make_validator
@@ -115,6 +116,7 @@ class Pipeline:
         self.max_depth = _whole("max_depth", max_depth, 1, 200)
         self._stages: list[Stage] = []
         self._tables: dict[str, TableSpec] = {}
+        self._observers: list[ExecutionObserver] = []
 
     @property
     def stages(self) -> tuple[Stage, ...]:
@@ -184,6 +186,22 @@ class Pipeline:
     def tables(self) -> Mapping[str, TableSpec]:
         """The declared tables by name."""
         return self._tables
+
+    def add_observer(self, observer: ExecutionObserver) -> Pipeline:
+        """Have it told what becomes of the pipeline wherever it runs; returns the pipeline, so that calls chain.
+
+        Each worker tells it on a thread of its own; see :class:`~rowmill.ExecutionObserver`.
+
+        Raises:
+            ConfigError: it is no observer, or a method of it is async.
+        """
+        self._observers.append(checked_observer(observer, "add_observer(observer)"))
+        return self
+
+    @property
+    def observers(self) -> tuple[ExecutionObserver, ...]:
+        """Whoever was added, in order."""
+        return tuple(self._observers)
 
     def chain(self) -> Chain:
         """The compiled stages.

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -30,10 +31,12 @@ from .catalog import Catalog, UnknownTopicsError
 from .dead_letters import dead_letter
 from .errors import TopicError
 from .partitioning import Partitioner
+from .rebuild import Rebuild
 from .session import INPUT_ERROR_HEADER, INPUT_ROW_HEADER, SESSION_HEADER, SOURCE_HEADER, Session
 
 if TYPE_CHECKING:
     from .pipeline import Pipeline
+    from .tracing import Tracing
 
 log = logging.getLogger(__name__)
 
@@ -52,13 +55,17 @@ class Effects:
     """What completed rows do to the outside: records by output partition, in the rows' order, and counts."""
 
     __slots__ = (
-        "cost", "dead_letters", "defaulted", "dropped", "emitted", "halted_by", "outputs", "results", "rows", "skipped",
-        "tables", "tokens",
+        "cost", "dead_letters", "defaulted", "dropped", "emitted", "failures", "halted_by", "outputs", "rebuilt",
+        "rebuilt_failed", "results", "rows", "skipped", "tables", "tokens",
     )  # fmt: skip
 
     def __init__(self) -> None:
         self.outputs: dict[TopicPartition, list[Outgoing]] = {}
         self.rows = 0
+        self.rebuilt = 0
+        """Of ``rows``, those that ran only for what they write to tables; the counts below know nothing of them."""
+        self.rebuilt_failed = 0
+        """Of these, those that failed."""
         self.results = 0
         self.dropped = 0
         self.skipped = 0
@@ -67,6 +74,8 @@ class Effects:
         self.emitted = 0
         self.cost = NO_COST
         self.tokens = 0
+        self.failures: list[tuple[Record, Failure]] = []
+        """Of the rows that were skipped or became dead letters, to be told once they are committed."""
         self.tables: Layer | None = None
         """What the rows of a lot wrote to tables; not merged, but absorbed when the lot is done."""
         self.halted_by: Failure | None = None
@@ -79,6 +88,8 @@ class Effects:
             if present is not records:
                 present += records
         self.rows += other.rows
+        self.rebuilt += other.rebuilt
+        self.rebuilt_failed += other.rebuilt_failed
         self.results += other.results
         self.dropped += other.dropped
         self.skipped += other.skipped
@@ -87,6 +98,17 @@ class Effects:
         self.emitted += other.emitted
         self.cost = sum_costs(self.cost, other.cost)
         self.tokens += other.tokens
+        self.failures += other.failures
+
+    def silence(self) -> None:
+        """Leave out all that shows outside, and what is counted of it; what the rows cost was paid.
+
+        They are encoded all the same: what cannot be written as a result left nothing in a table at the first time.
+        """
+        self.outputs.clear()
+        self.failures.clear()
+        self.rebuilt, self.rebuilt_failed = self.rows, self.dead_letters
+        self.results = self.dropped = self.skipped = self.defaulted = self.dead_letters = self.emitted = 0
 
 
 class _InterruptedError(BaseException):
@@ -127,6 +149,13 @@ class Batch:
         self.records = self.records[:first]
         del self.rows[first:]
 
+    def part(self, places: Sequence[int]) -> Batch:
+        """Some of its rows."""
+        batch = Batch([self.records[i] for i in places])
+        batch.rows = [self.rows[i] for i in places]
+        batch.contexts = [self.contexts[i] for i in places] if self.contexts else None
+        return batch
+
 
 class Processor:
     """Runs one partition's batches through a pipeline's chain.
@@ -139,6 +168,8 @@ class Processor:
         catalog: partition counts of topics; source, sink and dead-letter topic are known to it already.
         runtime: what the worker's stages share; its clock tells which records are from the future.
         tables: the partition's tables, where the pipeline has any.
+        rebuild: tells which rows keep silent while tables are made again; None once they are.
+        tracing: what traces rows, where somebody wants that.
     """
 
     def __init__(
@@ -150,8 +181,13 @@ class Processor:
         catalog: Catalog,
         runtime: Runtime,
         tables: PartitionTables | None = None,
+        rebuild: Callable[[], Rebuild | None] = lambda: None,
+        tracing: Tracing | None = None,
     ) -> None:
         self._tables = tables
+        self._rebuild = rebuild
+        self._traced_lots = tracing if chain.is_sync else None
+        self._traced_rows = tracing if not chain.is_sync else None
         self._row_by_row = chain.is_row_by_row
         self._has_policies = any(stage.is_policed or stage.stages for stage in chain.stages)
         self._pipeline = pipeline
@@ -200,7 +236,8 @@ class Processor:
             BrokerError: topics that rows are emitted to cannot be looked up.
         """
         try:
-            return await self._process(Batch(records))
+            with self._traced_lots.lot(records) if self._traced_lots is not None else nullcontext():
+                return await self._process(Batch(records))
         except _InterruptedError as interrupted:
             raise interrupted.error from interrupted
 
@@ -211,6 +248,8 @@ class Processor:
         else:
             self.decode(batch, lot)
             await self._chain.run(batch.rows, batch.contexts, self._runtime)
+            if self._traced_rows is not None:
+                self._traced_rows.end_all(batch.contexts, batch.rows)
             batch.cut()
             effects = await self._runtime.pool.run(self._settle_and_encode, batch, lot)
         while not isinstance(effects, Effects):
@@ -246,6 +285,9 @@ class Processor:
         effects = Effects()
         effects.rows = 1
         self._bury(effects, record, failure)
+        rebuild = self._rebuild()
+        if rebuild is not None and rebuild.is_silent(record.offset):
+            effects.silence()
         return effects
 
     def settle_row(self, batch: Batch, place: int, into: Layer) -> None:
@@ -325,6 +367,9 @@ class Processor:
                 self._context(record, text_keys, self._opener(record, place, lot) if self._tables else None)
                 for place, record in enumerate(batch.records)
             ]
+            if self._traced_rows is not None:
+                for context, record in zip(batch.contexts, batch.records, strict=True):
+                    self._traced_rows.begin(context, record)
 
     def _opener(self, record: Record, place: int, lot: _Lot | None) -> TablesOpener:
         return partial(lot.view, place) if lot else partial(self.view, record)
@@ -356,7 +401,23 @@ class Processor:
     # --- out -------------------------------------------------------------------------------------------------
 
     def _encode(self, batch: Batch) -> Effects | UnknownTopicsError:
-        """The effects of a batch that ran; or the topics that have to be looked up before they can be told.
+        """The effects of a batch that ran; or the topics that have to be looked up before they can be told."""
+        rebuild = self._rebuild()
+        if rebuild is None:
+            return self._encode_aloud(batch)
+        parts: tuple[list[int], list[int]] = ([], [])
+        for place, record in enumerate(batch.records):
+            parts[rebuild.is_silent(record.offset)].append(place)
+        aloud, silent = (self._encode_aloud(batch.part(places)) for places in parts)
+        if isinstance(aloud, UnknownTopicsError):
+            return aloud
+        if isinstance(silent, Effects):
+            silent.silence()
+            silent.merge(aloud)
+        return silent
+
+    def _encode_aloud(self, batch: Batch) -> Effects | UnknownTopicsError:
+        """All of a batch's effects.
 
         The loop is the second half of the hot path: rows with one result, no context and no headers stay in it.
         """
@@ -413,6 +474,7 @@ class Processor:
         if isinstance(outcome, Failure) and (outcome.kind != "null_value" or self._pipeline.tombstones != "forward"):
             if outcome.then == "skip":
                 effects.skipped += 1
+                effects.failures.append((record, outcome))
                 log.info("%s/%d: skipped: stage %r: %s", self._tp, record.offset, outcome.stage, outcome.message)
             else:
                 self._bury(effects, record, outcome, lines_of(context) if context is not None else "")
@@ -494,6 +556,7 @@ class Processor:
         letter = letter._replace(timestamp=min(letter.timestamp, self._clock.now_ms()))
         effects.outputs.setdefault(self._dead_letters, []).append(letter)
         effects.dead_letters += 1
+        effects.failures.append((record, failure))
 
 
 class _Lot:

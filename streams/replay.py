@@ -1,9 +1,12 @@
 """Replay: move a session's position in its source topics, so that rows run again or are left out.
 
-The live session has to be stopped. A partition moves in one transaction of its own transactional id, which fences
-whoever worked on it: the new offset with an empty map, the changelog's checkpoint record that agrees with it, and,
-where tables are reset, a deletion for each of their entries. So each partition has moved, or has not, whatever kills
-the command; run again, it moves the others.
+The session has to be stopped, or paused (``hold.py``). A partition moves in one transaction of its own transactional
+id, which fences whoever worked on it: the new offset with an empty map, the changelog's checkpoint record that agrees
+with it, and, where tables are reset, a deletion for each of their entries. So each partition has moved, or has not,
+whatever kills the command; run again, it moves the others.
+
+Where tables are *rebuilt*, the new offset is that of the first row there is, and the record tells where results stand
+(``rebuild.py``).
 
 What stays: the context's counts, costs and tokens. They are sums of the work that was done, so rows that run again
 count again. What is forgotten: the offset map, and the deaths that rows were seen at.
@@ -13,38 +16,41 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime
-from typing import Literal, NamedTuple, TypeAlias
+from datetime import datetime
+from typing import Literal, NamedTuple, TypeAlias, TypeVar
 from zlib import crc32
 
 from ..state.checkpoint import CHECKPOINT_KEY, CheckpointRecord, crc_of
 from ..state.clock import Clock, SystemClock
-from ..state.context import ExecutionContext, pipeline_uuid, session_uuid
 from ..state.errors import ConfigError, RowmillError
 from ..state.model import Committed, Outgoing, Record, TopicPartition
-from .brokers.base import AssignmentListener, Broker
+from .brokers.base import Broker
 from .catalog import Catalog
+from .contexts import new_context
 from .deadlines import deadline
-from .errors import BrokerError, BrokerTimeoutError, CheckpointError, FencedError, GroupBusyError, TopicError
-from .offsets import decode_map
+from .errors import BrokerError, CheckpointError, FencedError, SessionError, TopicError
+from .hold import Standstill, kept_still, look_at
+from .offsets import OffsetMap, decode_map, encode_map
 from .options import WorkerOptions
 from .partition_state import CHANGELOG_CONFIG
+from .rebuild import standing
 from .restore import ChangelogReader, last_checkpoint
 from .session import Session
+from .side_replay import stored_range
 from .transaction import CheckpointMovedError, Transactor
 
 log = logging.getLogger(__name__)
 
 How: TypeAlias = "Literal['earliest', 'latest', 'current', 'offset', 'time', 'duration', 'shift', 'file']"
-Tables: TypeAlias = "Literal['keep', 'reset']"
+Tables: TypeAlias = "Literal['keep', 'reset', 'rebuild']"
 
 _AT_ONCE = 8
 """Partitions that are moved side by side."""
 _ATTEMPTS = 3
 _OWNER = "replay"
+_Made = TypeVar("_Made")
 _RELATIVE = frozenset({"shift", "duration"})
 """Targets that mean something else when they are asked for once more."""
 
@@ -71,13 +77,18 @@ class Move:
     Attributes:
         tp: which.
         before: the committed offset; None where the group never committed.
-        to: the offset to be committed; None: it stays as it is, and ``note`` says why.
-        run_again: offsets with rows that are done and run again; at most, since gaps of the log count.
-        skipped: offsets with rows that are not done and are left out; at most.
+        to: the offset from which on rows have results; None: it stays as it is, and ``note`` says why.
+        run_again: offsets with rows that are done and run again, with their results; at most, since gaps of the log
+            count.
+        skipped: offsets with rows that are not done and whose results are left out; at most.
         discarded: of ``run_again``, those that the offset map knew as done above the committed offset.
         entries: entries of tables that are deleted; None where tables are kept.
         done: whether an execution that did not come to its end has moved it already.
         note: what else there is to say.
+        rebuilds_from: where rows begin to run for the tables alone; None where tables are not made again.
+        rebuilt: offsets with rows that run for the tables alone; at most.
+        lost: offsets of rows that may have written to the tables, and are not in the log any more.
+        kept_map: of ``rebuilt``, those from ``to`` on, as an offset map's text.
     """
 
     tp: TopicPartition
@@ -89,6 +100,15 @@ class Move:
     entries: int | None = None
     done: bool = False
     note: str = ""
+    rebuilds_from: int | None = None
+    rebuilt: int = 0
+    lost: int = 0
+    kept_map: str = ""
+
+    @property
+    def begin(self) -> int | None:
+        """The offset to be committed."""
+        return self.to if self.rebuilds_from is None else self.rebuilds_from
 
 
 @dataclass(slots=True)
@@ -106,19 +126,23 @@ class _Log(NamedTuple):
     end: int
     at: int | None
     """The first row at or after the moment asked for."""
+    begin: int
+    """Where the session began: the first row, or the first one from its pipeline's ``start`` on."""
 
 
 class Replay:
-    """Moves the position of a session that no worker serves.
+    """Moves the position of a session on which no worker works: it is stopped, or paused.
 
     Args:
         broker: a started one.
         session: whose group.
         sources: the topics it reads, as they are named on the broker.
         target: where to.
-        state: ``keep`` the tables as they are, or ``reset`` them: empty those of each partition that moves.
+        state: ``keep`` the tables as they are; ``reset`` them: empty those of each partition that moves; or
+            ``rebuild`` them: empty them, and run all rows before the target once more for what they write to tables.
         only: partitions by topic, None for all of a topic; default: all of all sources.
         has_tables: whether the pipeline has any; None: not known.
+        start: the pipeline's ``start``: tables are rebuilt from there on.
         options: time limits.
         clock: time.
     """
@@ -133,6 +157,7 @@ class Replay:
         state: Tables = "keep",
         only: Mapping[str, frozenset[int] | None] | None = None,
         has_tables: bool | None = None,
+        start: datetime | str = "earliest",
         options: WorkerOptions | None = None,
         clock: Clock | None = None,
     ) -> None:
@@ -140,7 +165,8 @@ class Replay:
         self._session = session
         self._sources = list(sources)
         self._target = target
-        self._resets = state == "reset"
+        self._state = state
+        self._start = start
         self._only = only
         self._has_tables = has_tables
         self._options = options or WorkerOptions()
@@ -151,21 +177,32 @@ class Replay:
 
         Raises:
             TopicError: a source does not exist.
-            ConfigError: a partition that was asked for does not.
+            ConfigError: a partition that was asked for does not; or tables cannot be kept, as they are half made.
+            SessionError: the session is none whose position can be moved.
             BrokerError: the broker does not answer.
         """
         logs = await self._look()
         async with deadline(self._options.broker_timeout, "read the group's offsets"):
             committed = await self._broker.committed(self._session.group, list(logs))
+        await self._check_session(committed)
         owner = await self._unfinished()
-        moves = []
-        for tp, place in logs.items():
-            record = await self._record(tp) if owner else None
-            move = self._move(tp, place, committed[tp], done=_is_by(record, owner, committed[tp]))
-            if self._resets and move.to is not None and not move.done:
-                move = replace(move, entries=len(await self._entries(tp)))
-            moves.append(move)
-        return moves
+
+        async def plan_one(tp: TopicPartition, place: _Log) -> Move:
+            record = await self._record(tp)
+            move = self._move(tp, place, committed[tp], record, done=_is_by(record, owner, committed[tp]))
+            if self._state == "keep" or move.to is None or move.done:
+                return move
+            return replace(move, entries=len(await self._entries(tp)))
+
+        return await _side_by_side(plan_one, logs)
+
+    async def standstill(self) -> Standstill:
+        """Whether workers are there, and whether they are paused: what is needed to execute.
+
+        Raises:
+            BrokerError: the broker does not answer, or does not tell.
+        """
+        return await look_at(self._broker, self._session.group, self._options.broker_timeout, self._clock)
 
     async def execute(self, told: Callable[[Move], None] = lambda _: None) -> Execution:
         """Move the partitions. Those that fail stay where they are; to run it again moves them.
@@ -174,32 +211,34 @@ class Replay:
             told: called with each partition that has moved.
 
         Raises:
-            GroupBusyError: a worker serves the group.
-            TopicError, ConfigError, BrokerError: as :meth:`plan`; nothing has moved.
+            GroupBusyError: a worker serves the group, and is not paused.
+            TopicError, ConfigError, SessionError, BrokerError: as :meth:`plan`; nothing has moved.
         """
         logs = await self._look()
+        async with deadline(self._options.broker_timeout, "read the group's offsets"):
+            await self._check_session(await self._broker.committed(self._session.group, list(logs)))
         await self._prepare_changelogs()
         execution = Execution()
-        async with _held(self._broker, self._session.group, self._sources, self._options.broker_timeout) as hold:
+        async with kept_still(
+            self._broker, self._session.group, self._sources, self._options.broker_timeout, self._clock
+        ) as hold:
             owner = await self._unfinished()
             by = owner or self._new_owner()
             await self._leave_mark(by)
-            gate = asyncio.Semaphore(_AT_ONCE)
 
             async def go(tp: TopicPartition, place: _Log) -> None:
-                async with gate:
-                    try:
-                        hold.check()
-                        move = await self._reset(tp, place, by, goes_on=owner is not None)
-                    except RowmillError as error:
-                        execution.failed[tp] = error
-                    else:
-                        execution.moved.append(move)
-                        told(move)
+                try:
+                    await hold.check()
+                    move = await self._reset(tp, place, by, goes_on=owner is not None)
+                except FencedError as error:
+                    execution.failed[tp] = hold.taken(error)
+                except RowmillError as error:
+                    execution.failed[tp] = error
+                else:
+                    execution.moved.append(move)
+                    told(move)
 
-            async with asyncio.TaskGroup() as group:
-                for tp, place in logs.items():
-                    group.create_task(go(tp, place))
+            await _side_by_side(go, logs)
             if not execution.failed:
                 await self._wipe_mark()
         execution.moved.sort(key=lambda move: move.tp)
@@ -222,7 +261,26 @@ class Replay:
             at: Mapping[TopicPartition, int] = {}
             if self._target.how in {"time", "duration"}:
                 at = await broker.offsets(chosen, self._moment)
-        return {tp: _Log(first[tp], end[tp], at.get(tp)) for tp in chosen}
+            begin = first
+            if isinstance(self._start, datetime) and self._session.is_live:
+                begin = await broker.offsets(chosen, int(self._start.timestamp() * 1000))
+        return {tp: _Log(first[tp], end[tp], at.get(tp), max(first[tp], begin[tp])) for tp in chosen}
+
+    async def _check_session(self, committed: Mapping[TopicPartition, Committed | None]) -> None:
+        """The live session may be moved before it began; another one by this name has to be there."""
+        session = self._session
+        if session.is_live:
+            return
+        if await stored_range(self._broker, session, self._sources):
+            raise SessionError(
+                f"session {session.id!r} is a side replay, whose range is fixed; run another range in a session of "
+                "another name: rowmill replay --side"
+            )
+        if not any(committed.values()):
+            raise SessionError(
+                f"there is no session {session.id!r} that reads {', '.join(self._sources)} (rowmill worker --session "
+                "makes one); without --session, the live session is moved"
+            )
 
     @property
     def _moment(self) -> int:
@@ -280,28 +338,71 @@ class Replay:
 
     # --- planning ----------------------------------------------------------------------------------------------
 
-    def _move(self, tp: TopicPartition, place: _Log, committed: Committed | None, *, done: bool) -> Move:
-        before = None if committed is None else committed.offset
-        asked = before if done else self._asked(tp, place, before)
-        if asked is None:
-            return Move(tp, before, None, note="never committed: it stays so")
-        to = min(max(asked, place.first), place.end)
-        if done:
-            return Move(tp, before, to, done=True, note="moved by the replay that was interrupted")
-        note = "" if to == asked else f"{asked:,} is not in the log"
+    def _move(
+        self,
+        tp: TopicPartition,
+        place: _Log,
+        committed: Committed | None,
+        record: CheckpointRecord | None,
+        *,
+        done: bool,
+    ) -> Move:
         if committed is None:
-            return Move(tp, None, to, skipped=to - place.first, note=note or "never committed before")
+            return self._first_move(tp, place)
+        note = ""
         try:
-            known = decode_map(committed)
+            known = standing(decode_map(committed), record)
         except CheckpointError:
             known = decode_map(Committed(committed.offset))
             note = "its offset map cannot be read"
+        if record is not None and record.rebuild_until is not None and not done:
+            self._check_half_made(tp, record.rebuild_until)
+            note = note or f"tables are being rebuilt up to {record.rebuild_until:,}"
+        asked = known.low if done else self._asked(tp, place, known.low)
+        assert asked is not None  # noqa: S101 - it has committed
+        to = min(max(asked, place.first), place.end)
+        if done:
+            return Move(tp, committed.offset, to, done=True, note="moved by the replay that was interrupted")
+        if to != asked:
+            note = note or f"{asked:,} is not in the log"
         undone = [offset for offset in known.incomplete if place.first <= offset < to]
-        kept_done = known.end - max(known.low, to) - sum(offset >= to for offset in known.incomplete)
-        again_in_map = max(0, kept_done)
+        again_in_map = max(0, known.end - max(known.low, to) - sum(offset >= to for offset in known.incomplete))
         again = max(0, min(known.low, place.end) - to) + again_in_map
         skipped = len(undone) + max(0, to - max(known.end, place.first))
-        return Move(tp, before, to, again, skipped, again_in_map, note=note)
+        move = Move(tp, committed.offset, to, again, skipped, again_in_map, note=note)
+        return self._rebuilding(move, place, known) if self._state == "rebuild" else move
+
+    def _first_move(self, tp: TopicPartition, place: _Log) -> Move:
+        asked = self._asked(tp, place, None)
+        if asked is None:
+            return Move(tp, None, None, note="never committed: it stays so")
+        to = min(max(asked, place.first), place.end)
+        note = "never committed before" if to == asked else f"{asked:,} is not in the log"
+        move = Move(tp, None, to, skipped=to - place.first, note=note)
+        return self._rebuilding(move, place, OffsetMap(to, to, ())) if self._state == "rebuild" else move
+
+    def _check_half_made(self, tp: TopicPartition, until: int) -> None:
+        if self._state == "keep":
+            raise ConfigError(
+                "--state",
+                "keep",
+                f"the tables of {tp} are being rebuilt, up to {until:,}, and are not complete: have a worker finish "
+                "that, or say --state rebuild or reset",
+            )
+
+    def _rebuilding(self, move: Move, place: _Log, known: OffsetMap) -> Move:
+        """All before the target runs for the tables; where nothing moves, so do rows done above the position."""
+        to = move.to
+        assert to is not None  # noqa: S101 - the caller has looked
+        lost = place.first if move.before else 0
+        kept, rows = "", max(0, to - place.begin)
+        if self._target.how == "current" and to == known.low:
+            kept, rows = encode_map(known), rows + move.discarded
+            move = replace(move, run_again=move.run_again - move.discarded, discarded=0)
+        if to <= place.begin and not kept:  # nothing lies before it: the tables are empty there
+            return replace(move, lost=lost)
+        begin = min(place.begin, to)
+        return replace(move, rebuilds_from=begin, rebuilt=rows, lost=lost, kept_map=kept)
 
     def _asked(self, tp: TopicPartition, place: _Log, before: int | None) -> int | None:
         """The offset that was asked for, perhaps outside of the log; None where there is nothing to move from."""
@@ -326,7 +427,7 @@ class Replay:
     @property
     def _digest(self) -> str:
         only = sorted((topic, sorted(some or ())) for topic, some in (self._only or {}).items())
-        return f"{crc32(repr((self._target.how, self._target.value, self._resets, only)).encode()):08x}"
+        return f"{crc32(repr((self._target.how, self._target.value, self._state, only)).encode()):08x}"
 
     @property
     def _mark(self) -> TopicPartition:
@@ -395,12 +496,14 @@ class Replay:
             committed = await transactor.open()  # from here on nobody else can commit
             record = await self._record(tp)
             done = goes_on and _is_by(record, owner, committed)
-            move = self._move(tp, place, committed, done=done)
-            if move.to is None or done:
+            move = self._move(tp, place, committed, record, done=done)
+            if move.begin is None or done:
                 return move
-            entries = await self._entries(tp) if self._resets else set()
-            checkpoint = Committed(move.to)
+            entries = await self._entries(tp) if self._state != "keep" else set()
+            checkpoint = Committed(move.begin)
             told = await self._next_record(tp, record, checkpoint, owner)
+            if move.rebuilds_from is not None:
+                told = replace(told, rebuild_until=move.to, rebuild_map=move.kept_map)
             former = None if record is None else record.encode()
             value = told.encode()
 
@@ -415,7 +518,7 @@ class Replay:
             await transactor.commit(
                 {changelog: [*deletions, Outgoing(CHECKPOINT_KEY, value, now)]}, checkpoint, is_ours
             )
-            return replace(move, entries=len(entries)) if self._resets else move
+            return move if self._state == "keep" else replace(move, entries=len(entries))
         finally:
             await transactor.close()
 
@@ -434,15 +537,13 @@ class Replay:
             owner=owner,
             witness=await self._witness(tp, record),
             # Another generation: a store on some worker's disk that missed the deletions is not believed.
-            generation=self._clock.token() if self._resets else record.generation,
+            generation=record.generation if self._state == "keep" else self._clock.token(),
+            rebuild_until=None,
+            rebuild_map="",
         )
 
     def _first_record(self, checkpoint: Committed) -> CheckpointRecord:
-        context = ExecutionContext(
-            session_id=session_uuid(self._session.group),
-            pipeline_id=pipeline_uuid(self._session.pipeline),
-            start_time=datetime.fromtimestamp(self._clock.now_ms() / 1000, UTC),
-        )
+        context = new_context(self._session, self._clock)
         counts = dict.fromkeys(
             ("rows", "results", "dropped", "skipped", "defaulted", "dead_letters", "emitted"), 0
         )  # as PartitionState begins
@@ -477,64 +578,19 @@ def _is_by(record: CheckpointRecord | None, owner: str | None, committed: Commit
     )  # fmt: skip
 
 
-# --- keeping workers out ---------------------------------------------------------------------------------------
+async def _side_by_side(
+    act: Callable[[TopicPartition, _Log], Awaitable[_Made]], logs: Mapping[TopicPartition, _Log]
+) -> list[_Made]:
+    """Do it for each partition, so many at once; in the partitions' order."""
+    gate = asyncio.Semaphore(_AT_ONCE)
 
+    async def one(tp: TopicPartition, place: _Log) -> _Made:
+        async with gate:
+            return await act(tp, place)
 
-class _Hold(AssignmentListener):
-    """A member of the group that wants all of its partitions and works on none."""
-
-    def __init__(self, group: str, wanted: frozenset[TopicPartition]) -> None:
-        self._group = group
-        self._wanted = wanted
-        self._owned: frozenset[TopicPartition] = frozenset()
-        self.told = asyncio.Event()
-
-    def assigned(self, partitions: frozenset[TopicPartition], consecutive: bool) -> None:
-        """All of them: nobody else is there."""
-        del consecutive
-        self._owned = partitions
-        self.told.set()
-
-    async def revoked(self, partitions: frozenset[TopicPartition]) -> None:
-        """Somebody joins, or it is over."""
-        self._owned -= partitions
-
-    def check(self) -> None:
-        """Raise GroupBusyError unless everything is ours."""
-        if not self._wanted <= self._owned:
-            raise GroupBusyError(
-                f"group {self._group} has a member: a worker runs. Stop the workers (SIGTERM or Ctrl-C), and run this "
-                "again; a killed one counts as a member until its session times out"
-            )
-
-
-@asynccontextmanager
-async def _held(broker: Broker, group: str, sources: Sequence[str], timeout: float) -> AsyncIterator[_Hold]:
-    """Be the group's only member.
-
-    To ask who is in the group would leave a gap between the answer and the act, and the port has no such question.
-    A worker that is there keeps its partitions, or gets them back at once; one that was killed is waited for until
-    its session times out.
-
-    Raises:
-        GroupBusyError: somebody else is there.
-    """
-    async with deadline(timeout, "look topics up"):
-        topics = await broker.topics()
-    wanted = frozenset(TopicPartition(s, p) for s in sources for p in range(topics[s].partitions))
-    hold = _Hold(group, wanted)
-    member = broker.member(group, list(sources))
+    tasks = [asyncio.ensure_future(one(tp, place)) for tp, place in logs.items()]
     try:
-        try:
-            async with deadline(timeout + (broker.session_timeout or 0), f"group {group}: join"):
-                await member.join(hold)
-                await hold.told.wait()
-        except BrokerTimeoutError as error:
-            raise GroupBusyError(
-                f"group {group} does not settle: a member of it does not answer. Stop the workers, and run this again"
-            ) from error
-        hold.check()
-        yield hold
+        return await asyncio.gather(*tasks)
     finally:
-        await member.leave()
-        await member.close()
+        for task in tasks:
+            task.cancel()

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from decimal import Decimal
 from typing import TYPE_CHECKING, Any
 
+from ..state.context import checked_cost
 from ..state.stats import ProcessingStats as ProcessingStats  # noqa: PLC0414 - exported again
 
 if TYPE_CHECKING:
@@ -15,11 +17,37 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class CostEstimate:
-    """What the run's calls cost. Zero for pipelines whose stages report none."""
+    """What the session's calls cost. Zero for pipelines whose stages report none.
+
+    Attributes:
+        total_cost: money, exact: what is committed with the rows, earlier attempts included.
+        total_tokens: tokens, likewise.
+        rows: rows that gave a result.
+        by_stage: what the calls of this attempt cost by stage, where that was counted: those made again after a crash
+            count again, and stages without policies are missing, so it need not sum up to ``total_cost``.
+
+    Raises:
+        ConfigError: a cost is a float or no amount of at least 0.
+    """
 
     total_cost: Decimal = Decimal(0)
     total_tokens: int = 0
     rows: int = 0
+    by_stage: Mapping[str, Decimal] = field(default_factory=dict, hash=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "total_cost", checked_cost(self.total_cost, "CostEstimate(total_cost=)"))
+        by_stage = {name: checked_cost(cost, "CostEstimate(by_stage=)") for name, cost in self.by_stage.items()}
+        object.__setattr__(self, "by_stage", by_stage)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON; money is text, so that it stays exact."""
+        return {
+            "total_cost": str(self.total_cost),
+            "total_tokens": self.total_tokens,
+            "rows": self.rows,
+            "by_stage": {name: str(cost) for name, cost in self.by_stage.items()},
+        }
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +68,25 @@ class ErrorInfo:
     value: bytes | None
     where: str = ""
 
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON: a label that has no form there is text, and so are the row's bytes, with � for what is no UTF-8."""
+        return {
+            "row_index": _plain_label(self.row_index),
+            "stage_name": self.stage_name,
+            "error_type": self.error_type,
+            "error_message": self.error_message,
+            "attempts": self.attempts,
+            "dead_letter": self.dead_letter,
+            "value": None if self.value is None else self.value.decode("utf-8", "replace"),
+            "where": self.where,
+        }
+
+
+def _plain_label(label: Any) -> Any:
+    """An index label as JSON has it: numpy's integers are integers."""
+    plain = label.item() if hasattr(label, "item") else label
+    return plain if plain is None or isinstance(plain, (str, int, float, bool)) else str(label)
+
 
 @dataclass(frozen=True)
 class ExecutionResult:
@@ -49,7 +96,8 @@ class ExecutionResult:
         data: the results, in the order and with the index of the input.
         metrics: counts and speed, of the whole session, earlier attempts included.
         costs: money and tokens.
-        errors: the rows that failed, the first 1,000 of them; ``metrics.failed_rows`` counts all.
+        errors: the rows that failed, the first 1,000 of them; ``metrics.failed_rows`` counts all, and
+            ``unnamed_errors`` those that are not among them.
         session: the session's id.
         topics: where things are: role (source, sink, dead_letters) to topic.
         start_time, end_time: of this call.
@@ -83,10 +131,40 @@ class ExecutionResult:
 
     @property
     def is_complete(self) -> bool:
-        """Whether every row is done and none was lost to an error."""
-        return self.metrics.failed_rows == 0 and self.stopped is None
+        """Whether every row is done and none became a dead letter.
+
+        Rows that a stage with ``on_error="skip"`` gave up are done: that is what it asks for.
+        """
+        done = self.metrics.completed_rows >= self.metrics.total_rows
+        return done and self.metrics.failed_rows == 0 and self.stopped is None
 
     @property
     def lost_rows(self) -> list[Any]:
         """The input labels of the rows in ``errors``."""
         return [error.row_index for error in self.errors]
+
+    @property
+    def unnamed_errors(self) -> int:
+        """Rows that failed and are not in ``errors``, for there are too many: a session with a name keeps them all,
+        as dead letters.
+        """
+        return max(0, self.metrics.failed_rows - len(self.errors))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything but the data, as JSON, as far as ``metadata`` is."""
+        return {
+            "session": self.session,
+            "is_complete": self.is_complete,
+            "stopped": self.stopped,
+            "start_time": self.start_time.isoformat(),
+            "end_time": self.end_time.isoformat(),
+            "duration_seconds": self.duration.total_seconds(),
+            "metrics": self.metrics.to_dict(),
+            "costs": self.costs.to_dict(),
+            "error_rate": self.error_rate,
+            "errors": [error.to_dict() for error in self.errors],
+            "unnamed_errors": self.unnamed_errors,
+            "topics": dict(self.topics),
+            "stages": {name: dict(counts) for name, counts in self.stages.items()},
+            "metadata": dict(self.metadata),
+        }

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from ..handlers.frames import frame_of, is_frame, labels_at
+from ..handlers.observers import ExecutionObserver, ProgressBarObserver
 from ..handlers.outcomes import Failure
 from ..state.clock import Clock, SystemClock
 from ..state.codec import dumps, loads
@@ -27,15 +28,16 @@ from .collect import Sorter, error_field, header, input_row, partitions_of, read
 from .contexts import session_context
 from .dead_letters import HEADROOM_BYTES, TRUNCATED_HEADER
 from .deadlines import deadline
-from .dlq_letters import marks_topic
-from .errors import BrokerError, CheckpointError, FencedError, SessionError
+from .errors import BrokerError, CheckpointError, FencedError, SessionCancelledError, SessionError
 from .inputs import LOT_BYTES, Input, InputReader, InputRow, make_input
 from .loops import run_blocking
 from .options import WorkerOptions, state_folder
 from .partitioning import partition_for
 from .progress import progress_bar
 from .results import CostEstimate, ErrorInfo, ExecutionResult, ProcessingStats
-from .session import INPUT_ERROR_HEADER, INPUT_ROW_HEADER, SOURCE_HEADER, Session
+from .session import INPUT_ERROR_HEADER, INPUT_ROW_HEADER, SOURCE_HEADER, Session, check_new_session
+from .session_traces import remove_owned
+from .tracing import publishing
 from .worker import Worker, WorkerStats
 
 log = logging.getLogger(__name__)
@@ -47,6 +49,8 @@ if TYPE_CHECKING:
 
 PUBLISH_ROWS = 2_000
 """Rows per transaction of the publisher."""
+_MARKER_SECONDS = 1.0
+_MARKER_PAUSE = 0.02
 KEPT_ERRORS = 1_000
 """Failed rows that are described one by one; all are counted."""
 
@@ -76,6 +80,8 @@ class RunOutcome:
     """Counts of stages with policies, of this attempt."""
     stopped_by: Failure | None = None
     """What ended the session before its last row, if something did."""
+    is_whole: bool = True
+    """Whether nobody ended the attempt before its time."""
 
     @property
     def costs(self) -> CostEstimate:
@@ -105,10 +111,10 @@ class RunOutcome:
 
     @property
     def done(self) -> int:
-        """Rows that are done: all, unless a row ended the session."""
-        if self.stopped_by is None or self.context is None or self.stats is not None:
+        """Rows that are done: all, unless a row, or somebody, ended the session."""
+        if self.stats is not None or (self.stopped_by is None and self.is_whole):
             return self.rows
-        return min(self.rows, self.context.completed_rows)
+        return 0 if self.context is None else min(self.rows, self.context.completed_rows)
 
     def values(self) -> Iterator[bytes]:
         """The results' JSON texts in the order of the input. May be called again."""
@@ -248,19 +254,21 @@ class Publisher:
         mark = Committed(self.published + len(chunk), dumps(state).decode())
         async with deadline(self._timeout, "publish rows"):
             await producer.begin()
-            for partition, records in self._spread(chunk, partitions).items():
-                await (await producer.send(TopicPartition(self._mark.topic, partition), records))
+            system = "kafka" if self._broker.url.startswith("kafka") else "rowmill"
+            with publishing(self._mark.topic, system) as trace:
+                for partition, records in self._spread(chunk, partitions, trace).items():
+                    await (await producer.send(TopicPartition(self._mark.topic, partition), records))
             await producer.commit_offsets(self._group, {self._mark: mark})
             await producer.end()
         self.published, self.is_done = mark.offset, done
 
-    def _spread(self, chunk: list[InputRow], partitions: int) -> dict[int, list[Outgoing]]:
+    def _spread(self, chunk: list[InputRow], partitions: int, trace: Headers) -> dict[int, list[Outgoing]]:
         """By key; rows without one in equal runs, in order."""
         now = self._clock.now_ms()
         by_partition: dict[int, list[Outgoing]] = {}
         for i, given in enumerate(chunk):
             row = self._fitting(given)
-            headers: Headers = ((INPUT_ROW_HEADER, str(self.published + i).encode()),)
+            headers: Headers = ((INPUT_ROW_HEADER, str(self.published + i).encode()), *trace)
             if row.error is not None:
                 headers += ((INPUT_ERROR_HEADER, row.error[:1_000].encode("utf-8", "replace")),)
             partition = i * partitions // len(chunk) if row.key is None else partition_for(row.key, partitions)
@@ -306,6 +314,11 @@ class BoundedRun:
         options: the worker's.
         progress: told how far it is, some times a second.
         clock: time.
+        observers: told of progress besides those of the pipeline.
+        steered: whether others can watch, pause and cancel it; not worth it for one without a name.
+        on_worker: called with the worker before it begins.
+        tells_all: whether the outcome is that of the whole session, with what earlier attempts did, and comes also
+            where this attempt was ended early, instead of an error. Of a live session it tells of this attempt.
     """
 
     def __init__(
@@ -318,6 +331,10 @@ class BoundedRun:
         options: WorkerOptions | None = None,
         progress: Progress | None = None,
         clock: Clock | None = None,
+        observers: Sequence[ExecutionObserver] = (),
+        steered: bool = True,
+        on_worker: Callable[[Worker], None] | None = None,
+        tells_all: bool = False,
     ) -> None:
         self.session = session
         self._pipeline = pipeline
@@ -326,8 +343,14 @@ class BoundedRun:
         self._options = options or WorkerOptions()
         self._progress = progress or (lambda _done, _total: None)
         self._clock = clock or SystemClock()
+        self._observers = observers
+        self._steered = steered
+        self._on_worker = on_worker
+        self._tells_all = tells_all
         self._worker: Worker | None = None
+        self._ends: Mapping[TopicPartition, int] | None = None
         self._interrupted = False
+        self._cancelled = False
         self._total = rows.total if rows is not None else None
         self._published = 0
         self._before = 0  # rows that earlier attempts committed; with Kafka's markers among them, so never exact
@@ -336,7 +359,9 @@ class BoundedRun:
         """Run to the end.
 
         Raises:
-            InterruptedError: :meth:`interrupt` was called; the session can be gone on with.
+            InterruptedError: :meth:`interrupt` or :meth:`cancel` was called; the session can be gone on with. Not
+                with ``tells_all``, nor is the next one.
+            SessionCancelledError: somebody else cancelled it.
             RowmillError: it could not go on; the session can be gone on with once the cause is mended.
         """
         began = self._clock.monotonic()
@@ -344,20 +369,44 @@ class BoundedRun:
         try:
             starts = await self._sink_ends()
             rows_here = await (self._run_input() if self._input is not None else self._run_to_present_end())
-            if self._interrupted and not (self._worker and self._worker.is_complete):
-                raise InterruptedError(self.session.id)
-            outcome = await self._read_back(starts)
+            is_whole = await self._is_whole()
+            outcome = await self._read_back(starts, is_whole=is_whole)
             outcome.seconds = self._clock.monotonic() - began
             outcome.rows_here = rows_here
             return outcome
         finally:
             await self._broker.close()
 
+    async def _is_whole(self) -> bool:
+        """Whether nobody ended the attempt before its time; unless ``tells_all``, it is an error if somebody did."""
+        worker = self._worker
+        was_ended = self._interrupted or (worker is not None and worker.was_cancelled)
+        if not was_ended or (worker is not None and worker.is_complete):
+            return True
+        if self._tells_all:
+            return self._ends is not None and await self._has_committed(self._ends)
+        if self._interrupted:
+            raise InterruptedError(self.session.id)
+        raise SessionCancelledError(
+            f"session {self.session.id!r} was cancelled; what has completed is kept, and the same call goes on"
+        )
+
+    async def _has_committed(self, ends: Mapping[TopicPartition, int]) -> bool:
+        """Whether all was done when somebody ended it: the last rows in work may have been the last ones at all."""
+        committed = await self._broker.committed(self.session.group, list(ends))
+        return all(end == 0 or ((at := committed[tp]) is not None and at.offset >= end) for tp, end in ends.items())
+
     def interrupt(self) -> None:
         """Ask for an orderly end. To be called on the event loop."""
         self._interrupted = True
         if self._worker is not None:
             self._worker.stop()
+
+    def cancel(self) -> None:
+        """End at once: what has completed is committed, the rest runs again. To be called on the event loop."""
+        self._interrupted = self._cancelled = True
+        if self._worker is not None:
+            self._worker.cancel()
 
     # --- processing --------------------------------------------------------------------------------------------
 
@@ -390,12 +439,13 @@ class BoundedRun:
     async def _publish(self, publisher: Publisher, partitions: int, worker: Worker) -> None:
         await publisher.publish_all(partitions)
         self._total = publisher.published
-        worker.finish_at(await self._source_ends())
+        self._ends = await self._source_ends()
+        worker.finish_at(self._ends)
 
     async def _run_to_present_end(self) -> int:
         """No input: the topics as they are, up to their ends at this moment."""
         worker = self._make_worker()
-        ends = await self._source_ends()
+        self._ends = ends = await self._source_ends()
         worker.finish_at(ends)
         self._total = sum(ends.values()) - await self._position(ends)
         await self._work(worker, None)
@@ -407,9 +457,22 @@ class BoundedRun:
         return sum(found.offset if found else earliest[tp] for tp, found in committed.items())
 
     def _make_worker(self) -> Worker:
-        worker = Worker(self._pipeline, self._broker, session=self.session, options=self._options, clock=self._clock)
+        worker = Worker(
+            self._pipeline,
+            self._broker,
+            session=self.session,
+            options=self._options,
+            clock=self._clock,
+            observers=self._observers,
+            steered=self._steered,
+            bounded=True,
+        )
         self._worker = worker
-        if self._interrupted:
+        if self._on_worker is not None:
+            self._on_worker(worker)
+        if self._cancelled:
+            worker.cancel()
+        elif self._interrupted:
             worker.stop()
         return worker
 
@@ -438,7 +501,7 @@ class BoundedRun:
             self._progress(self._done(worker), self._total)
 
     def _done(self, worker: Worker) -> int:
-        done = self._before + worker.stats.rows
+        done = self._before + worker.stats.rows + worker.stats.rebuilt
         return done if self._total is None else min(done, self._total)
 
     async def _source_ends(self) -> dict[TopicPartition, int]:
@@ -447,15 +510,19 @@ class BoundedRun:
 
     async def _sink_ends(self) -> dict[TopicPartition, int] | None:
         """Where this call's results begin, for sessions whose sink holds more than this run's."""
-        if self.session.owns_source:
+        if self.session.owns_source or self._tells_of_session:
             return None
         topics = [self.session.output(self._pipeline.sink), self.session.dead_letters]
         return await self._broker.offsets(await partitions_of(self._broker, topics), "end")
 
+    @property
+    def _tells_of_session(self) -> bool:
+        return self._tells_all and not self.session.is_live
+
     # --- reading back ------------------------------------------------------------------------------------------
 
-    async def _read_back(self, starts: Mapping[TopicPartition, int] | None) -> RunOutcome:
-        outcome = RunOutcome(self.session)
+    async def _read_back(self, starts: Mapping[TopicPartition, int] | None, *, is_whole: bool) -> RunOutcome:
+        outcome = RunOutcome(self.session, is_whole=is_whole)
         if self._worker is not None:
             outcome.stopped_by = self._worker.stopped_by
             outcome.stages = {name: c.to_dict() for name, c in self._worker.runtime.stage_counts.items()}
@@ -467,7 +534,8 @@ class BoundedRun:
         }
         seen = _Distinct()
         sources = [self.session.source(topic) for topic in self._pipeline.sources]
-        async for records in read_topic(self._broker, sink, starts):
+        until = "high_watermark" if is_whole else await self._what_is_visible([sink, self.session.dead_letters])
+        async for records in read_topic(self._broker, sink, starts, until):
             for record in records:
                 result = result_of(record, sources)
                 if result is not None:
@@ -476,20 +544,39 @@ class BoundedRun:
         for result in outcome.sorter.sorted():
             seen.add(result.order[:2])
         outcome.processed = seen.count
-        async for records in read_topic(self._broker, self.session.dead_letters, starts):
+        async for records in read_topic(self._broker, self.session.dead_letters, starts, until):
             outcome.failed += len(records)
             outcome.errors += [describe_error(r) for r in records[: KEPT_ERRORS - len(outcome.errors)]]
         outcome.errors.sort(key=lambda error: (error.row_index is None, error.row_index))
         if self.session.owns_source:
             outcome.rows = self._total if self._total is not None else self._published
             outcome.side_topics = await self._side_topics(set(outcome.topics.values()))
-        else:
+        elif not self._tells_of_session:
             outcome.stats = self._worker.stats if self._worker else None
             outcome.rows = outcome.stats.rows if outcome.stats else 0
         outcome.context = await session_context(
             self._broker, self.session, sources, self._options.broker_timeout, self._clock
         )
+        if self._tells_of_session and not self.session.owns_source and outcome.context is not None:
+            outcome.rows = outcome.context.completed_rows if is_whole else outcome.context.total_rows
+        if not is_whole:
+            _count_committed(outcome)
         return outcome
+
+    async def _what_is_visible(self, topics: Sequence[str]) -> Literal["end"]:
+        """Up to where an attempt that was ended early is read: as far as transactions are over.
+
+        Kafka writes a commit's markers soon after it confirmed it, so they are waited for; but a commit that was cut
+        off stays open for long, and hides what comes after it.
+        """
+        partitions = await partitions_of(self._broker, topics)
+        give_up = self._clock.monotonic() + _MARKER_SECONDS
+        while self._clock.monotonic() < give_up:
+            written = await self._broker.offsets(partitions, "high_watermark")
+            if await self._broker.offsets(partitions, "end") == written:
+                break
+            await self._clock.sleep(_MARKER_PAUSE)
+        return "end"
 
     async def _side_topics(self, known: set[str]) -> list[str]:
         """Topics that rows were emitted to, also by earlier attempts: they are named after the session, as another
@@ -505,6 +592,16 @@ class BoundedRun:
                     ours.append(topic)
                 break
         return ours
+
+
+def _count_committed(outcome: RunOutcome) -> None:
+    """Rows by their fates as they are committed: not all of their results may be visible yet."""
+    if outcome.stats is not None:
+        outcome.failed = outcome.stats.dead_letters
+        outcome.processed = outcome.rows - outcome.failed - outcome.stats.skipped - outcome.stats.dropped
+    elif outcome.context is not None:
+        outcome.failed = outcome.context.failed_rows
+        outcome.processed = outcome.context.processed_rows
 
 
 class _Distinct:
@@ -548,18 +645,11 @@ async def remove_session(
     side_topics: Iterable[str] = (),
     options: WorkerOptions | None = None,
 ) -> None:
-    """Delete a bounded session's own topics, groups and local tables: every trace of it, and nothing else."""
+    """Delete a temporary session's own topics, groups and local tables: see :func:`~.session_traces.remove_owned`."""
     sources = [session.source(topic) for topic in pipeline.sources]
-    topics = sources if session.owns_source else []
-    topics = [*topics, *map(session.changelog, sources), *map(session.answers, sources)]
-    topics += [session.output(pipeline.sink), session.dead_letters, marks_topic(session.dead_letters)]
-    topics += [session.budget, *side_topics]
-    await broker.delete_topics(topics)
-    await broker.delete_groups([session.group, session.publisher_id])
-    if pipeline.tables:
-        from ..state.rocksdb import forget_group
-
-        await asyncio.to_thread(forget_group, state_folder(options or WorkerOptions(), broker), session.group)
+    tables = state_folder(options or WorkerOptions(), broker) if pipeline.tables else None
+    sink = session.output(pipeline.sink)
+    await remove_owned(broker, session, sources, sink, side_topics=side_topics, tables=tables)
 
 
 # --- the Python face -------------------------------------------------------------------------------------------
@@ -576,6 +666,8 @@ def run_rows(
     options: WorkerOptions | None,
 ) -> ExecutionResult:
     """:meth:`Pipeline.run`."""
+    if progress is None and any(isinstance(observer, ProgressBarObserver) for observer in pipeline.observers):
+        progress = False  # one bar is enough
     with progress_bar(pipeline.name, shown=progress) as report:
         call = _Call(pipeline, rows, broker, session, key, options, report)
         return run_blocking(call.execute, on_interrupt=call.attempt.interrupt)
@@ -608,6 +700,8 @@ class _Call:
         report: Progress | None,
     ) -> None:
         pipeline.chain()
+        if session is not None:
+            check_new_session("session", session)
         clock = SystemClock()
         self._pipeline = pipeline
         self._rows = rows
@@ -622,18 +716,31 @@ class _Call:
             options=options,
             progress=report,
             clock=clock,
+            steered=session is not None,
         )
 
     async def execute(self) -> ExecutionResult:
         started = datetime.now(UTC)
         outcome = await self.attempt.execute()
-        try:
-            data = await asyncio.to_thread(_data, outcome, self._rows)
-        finally:
-            outcome.sorter.close()
+        result = await execution_result(outcome, self._rows, started)
         if self._temporary and outcome.stopped_by is None:
             await _remove(open_broker(self._broker_url), self._pipeline, outcome, self._options)
-        return _result(outcome, data, self._rows, started)
+        return result
+
+
+async def execution_result(outcome: RunOutcome, rows: Any, started: datetime) -> ExecutionResult:
+    """An outcome as those see it who gave the rows; the outcome is closed.
+
+    Args:
+        outcome: what became of them.
+        rows: as they were given; None for those of the source topics.
+        started: when the call began.
+    """
+    try:
+        data = await asyncio.to_thread(_data, outcome, rows)
+    finally:
+        outcome.sorter.close()
+    return _result(outcome, data, rows, started)
 
 
 async def _remove(broker: Broker, pipeline: Pipeline, outcome: RunOutcome, options: WorkerOptions | None) -> None:
@@ -647,7 +754,7 @@ async def _remove(broker: Broker, pipeline: Pipeline, outcome: RunOutcome, optio
 def _data(outcome: RunOutcome, rows: Any) -> pd.DataFrame:
     results = list(outcome.sorter.sorted())
     places = [result.row for result in results]
-    index = labels_at(rows, places) if is_frame(rows) else places
+    index = labels_at(rows, places) if is_frame(rows) else None if rows is None else places
     return frame_of((loads(result.value) for result in results), index)
 
 

@@ -13,6 +13,8 @@ _TOPIC_NAME = re.compile(r"[a-zA-Z0-9._-]{1,249}")
 
 LIVE = "live"
 """The id of a pipeline's live session."""
+_TAKEN = ("input", "control")
+"""Ids whose group would be what another session's publisher, or its operators, are called."""
 
 # Headers that rowmill writes; see DESIGN, "Headers, topics, names".
 SOURCE_HEADER = RESERVED_PREFIX + "source"
@@ -31,6 +33,17 @@ def check_name(setting: str, name: str) -> str:
     """
     if not isinstance(name, str) or not _PLAIN_NAME.fullmatch(name):
         raise ConfigError(setting, name, "use 1 to 80 letters, digits, '_' and '-' (no dots)")
+    return name
+
+
+def check_new_session(setting: str, name: str) -> str:
+    """The name of a session that may not exist yet.
+
+    Raises:
+        ConfigError: it is no name, or one that would be confused with something of the live session.
+    """
+    if check_name(setting, name) in _TAKEN:
+        raise ConfigError(setting, name, f"the names {' and '.join(map(repr, _TAKEN))} are taken; use another")
     return name
 
 

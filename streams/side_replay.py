@@ -20,6 +20,7 @@ from .brokers.base import (
     Broker,
     BrokerInfo,
     Member,
+    MemberInfo,
     Moment,
     Producer,
     Reader,
@@ -351,6 +352,10 @@ class EarlyEnd(Broker):
     async def groups(self) -> list[str]:
         """As they are."""
         return await self._broker.groups()
+
+    async def members(self, group: str) -> list[MemberInfo]:
+        """As they are."""
+        return await self._broker.members(group)
 
     async def delete_groups(self, names: Collection[str]) -> None:
         """Forget groups."""

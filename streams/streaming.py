@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from ..handlers.frames import frame_of, is_frame, join_frames, labels_at
 from ..state.clock import SystemClock
 from ..state.codec import loads
-from ..state.context import sum_costs
+from ..state.context import checked_cost, sum_costs
 from ..state.errors import ConfigError, RowmillError
 from ..state.model import Record, TopicPartition
 from .brokers.base import Broker, Reader
@@ -68,19 +68,27 @@ class StreamingResult:
         self.defaulted = 0
         self.stopped: str | None = None
         self.errors: list[ErrorInfo] = []
+        self.stages: dict[str, dict[str, Any]] = {}
         self.session = ""
         self.topics: dict[str, str] = {}
 
     def add_chunk(self, chunk: pd.DataFrame, cost: Decimal = Decimal(0), tokens: int = 0) -> None:
-        """Count a chunk of results, and what it cost."""
+        """Count a chunk of results, and what it cost.
+
+        Raises:
+            ConfigError: the cost is a float, negative or no number.
+        """
+        amount = checked_cost(cost, "add_chunk(cost=)")
         self._results += len(chunk)
-        self._cost = sum_costs(self._cost, cost)
+        self._cost = sum_costs(self._cost, amount)
         self._tokens += tokens
         if self._kept is not None:
             self._kept.append(chunk)
 
     def finalize(self) -> ExecutionResult:
-        """The sum of all chunks so far."""
+        """The sum of all chunks so far. Where nobody told of rows, each result counts as one."""
+        if not self.rows:
+            self.rows = self.processed = self._results
         ended = datetime.now(UTC)
         seconds = (ended - self._started).total_seconds()
         stats = ProcessingStats(
@@ -104,6 +112,7 @@ class StreamingResult:
             start_time=self._started,
             end_time=ended,
             stopped=self.stopped,
+            stages=self.stages,
         )
 
 
@@ -228,7 +237,9 @@ class _Engine:
         self._result = result
         self._session = Session(pipeline.name, f"stream-{clock.token()}", owns_source=True)
         self._source = self._session.source(pipeline.sources[0])
-        self._worker = Worker(pipeline, broker, session=self._session, options=options, clock=clock)
+        self._worker = Worker(
+            pipeline, broker, session=self._session, options=options, clock=clock, steered=False, bounded=True
+        )
         self._publisher = Publisher(
             broker, self._session, self._source, rows, clock, options.broker_timeout, source_room(pipeline, broker)
         )
@@ -253,6 +264,7 @@ class _Engine:
         if chunk is None:
             return await self._rest()
         before, self._result.rows = self._result.rows, chunk
+        self._result.stages = {name: counts.to_dict() for name, counts in self._worker.runtime.stage_counts.items()}
         await self._read_outputs()
         mine = sorted(result for result in self._held if result.row < chunk)
         self._held = [result for result in self._held if result.row >= chunk]

@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from asyncio import FIRST_COMPLETED
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from decimal import Decimal
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 from ..handlers.capture import install
 from ..handlers.chain import Chain, with_inner
@@ -20,11 +22,13 @@ from ..handlers.outcomes import Failure
 from ..handlers.policed import GIVEN_UP
 from ..handlers.runtime import Event, Runtime
 from ..state.clock import Clock, SystemClock
-from ..state.context import sum_costs
-from ..state.model import TopicPartition
+from ..state.context import ExecutionContext, sum_costs
+from ..state.execution import Wanted
+from ..state.model import Record, TopicPartition
 from ..state.store import StoreError, Stores
 from .brokers.base import AssignmentListener, Broker, Member, Moment
 from .catalog import Catalog
+from .contexts import new_context
 from .dead_letters import HEADROOM_BYTES
 from .deadlines import FIRST_PAUSE, LONGEST_PAUSE, Patience, deadline, to_the_end
 from .delivery import Forwarder
@@ -37,7 +41,14 @@ from .partition_task import PartitionTask
 from .pipeline import Pipeline
 from .processing import Effects, Processor
 from .session import Session
+from .session_records import SessionRecord
+from .snapshots import PartitionSnapshot, WorkerSnapshot, WorkerState
+from .tracing import Tracing, find_tracing
 from .transaction import CheckpointMovedError, Transactor
+
+if TYPE_CHECKING:
+    from ..handlers.observers import ExecutionObserver
+    from .steering import Audience, Steering
 
 log = logging.getLogger(__name__)
 
@@ -49,6 +60,11 @@ _REVOKE_SECONDS = 0.5
 _ELSEWHERE_SECONDS = 1.0
 _PROBE_SECONDS = 10.0
 _OTHERS_SECONDS = 10.0
+_TOLD_CHARACTERS = 1_000
+_TOTALS = (
+    "rows", "rebuilt", "results", "dropped", "skipped", "defaulted", "dead_letters", "emitted", "transactions",
+    "tokens",
+)  # fmt: skip
 
 BUDGET_STAGE = "budget"
 """Stands for the session's budget where that ended it."""
@@ -59,6 +75,8 @@ class WorkerStats:
     """What this process has committed since it started. Exact for it; not for the session's other workers."""
 
     rows: int = 0
+    rebuilt: int = 0
+    """Rows that ran only to make tables again; no other count but that of cost and tokens knows of them."""
     results: int = 0
     dropped: int = 0
     skipped: int = 0
@@ -69,10 +87,15 @@ class WorkerStats:
     cost: Decimal = NO_COST
     tokens: int = 0
     partitions: set[TopicPartition] = field(default_factory=set)
+    started_ms: int = 0
+    """When it started."""
+    commit_seconds: float | None = None
+    """How long the last commit took."""
 
     def add(self, tp: TopicPartition, effects: Effects) -> None:
         """Count one committed transaction."""
-        self.rows += effects.rows
+        self.rows += effects.rows - effects.rebuilt
+        self.rebuilt += effects.rebuilt
         self.results += effects.results
         self.dropped += effects.dropped
         self.skipped += effects.skipped
@@ -96,6 +119,9 @@ class Worker(AssignmentListener):
         clock: time and chance.
         stores: where tables are kept; default: RocksDB in the options' ``state_dir``.
         pool: threads for blocking work; default: one of its own.
+        observers: told of progress besides those of the pipeline.
+        steered: whether it obeys ``rowmill pause``, ``resume`` and ``cancel``, and tells ``rowmill.events``.
+        bounded: whether the session is over once this worker is: see :meth:`finish_at`.
     """
 
     def __init__(
@@ -108,15 +134,18 @@ class Worker(AssignmentListener):
         clock: Clock | None = None,
         stores: Stores | None = None,
         pool: BlockingPool | None = None,
+        observers: Sequence[ExecutionObserver] = (),
+        steered: bool = True,
+        bounded: bool = False,
     ) -> None:
         self.pipeline = pipeline
         self.session = session or Session(pipeline.name)
         self.options = options or WorkerOptions()
-        self.stats = WorkerStats()
         self.stopped_by: Failure | None = None
         """The row's failure that ended the session, if one did: a StopExecution, or one whose stage says ``fail``."""
         self._broker = broker
         self._clock = clock or SystemClock()
+        self.stats = WorkerStats(started_ms=self._clock.now_ms())
         self._chain = pipeline.chain()
         self._sources = [self.session.source(topic) for topic in pipeline.sources]
         self._catalog = Catalog(
@@ -126,19 +155,22 @@ class Worker(AssignmentListener):
             timeout=self.options.broker_timeout,
         )
         self._keeps_order = _keeps_order(pipeline, self._chain)
-        blocking = sum(s.concurrency for s in with_inner(pipeline.stages) if not s.is_async and not s.is_plain)
-        self._pool = pool or BlockingPool(self.options.threads + blocking)
+        self._pool = pool or BlockingPool(self.options.threads + _blocking_calls(pipeline))
         self._facilities = Facilities(
             pipeline, self._chain, self.session, broker, self.options, self._pool, self._clock
         )
         self._runtime = self._facilities.runtime
         self._runtime.listeners.append(self._heard_of)
-        if pipeline.kept_log:
-            install()
         # Tables have threads of their own: handlers that hang must not keep a partition from being handed over.
         self._store_pool = pool or BlockingPool(_STORE_THREADS)
         self._stores = stores
-        self._name = self._clock.token()
+        self.name = self._clock.token()
+        """This worker's; every start has a new one."""
+        self.is_bounded = bounded and not self.session.is_live
+        """Whether the session is over once this worker is."""
+        self._tracing = self._trace()
+        self._steering = self._make_steering() if steered else None
+        self._audience = self._make_audience([*pipeline.observers, *observers])
         self._alone = asyncio.Lock()
         self._changelogs: dict[str, int] = {}  # partitions of the changelog by source
         self._in_flight = InFlight(self.options.max_in_flight, self.options.max_in_flight_bytes)
@@ -147,13 +179,16 @@ class Worker(AssignmentListener):
         self._epochs: dict[TopicPartition, int] = {}
         """The assignment that each owned partition belongs to: work of an older one is dropped."""
         self._tasks: dict[TopicPartition, PartitionTask] = {}
+        self._known: dict[TopicPartition, tuple[ExecutionContext, int]] = {}
+        """Context and offset of partitions that nothing is open of: paused, or at the worker's end."""
         self._owners: dict[TopicPartition, asyncio.Task[None]] = {}
         self._parting: set[asyncio.Task[None]] = set()  # owners of partitions that are gone, on their way out
         self._changed = asyncio.Event()
-        self._stable = asyncio.Event()  # set while the group does not rebalance
-        self._stable.set()
-        self._stopping = False
-        self._rejoin = False
+        self._stable = _set_event()  # while the group does not rebalance
+        self._may_work = _set_event()  # while the session is not paused
+        self._resting: set[TopicPartition] = set()  # partitions that wait for it
+        self._introduced = self._stopping = self._stopped = self._rejoin = False
+        self._cancelling = asyncio.Event()
         self._penniless: asyncio.Task[None] | None = None
         self._failure: BaseException | None = None
         self._ends: Mapping[TopicPartition, int] | None = None
@@ -172,7 +207,22 @@ class Worker(AssignmentListener):
             OffsetOutOfRangeError, StalledError: it cannot go on.
         """
         try:
+            await self._work()
+        except Exception as error:
+            self._failure = self._failure or error
+            raise
+        finally:
+            await to_the_end(self._say_goodbye())
+        if self._failure is not None:
+            raise self._failure
+        return self.stats
+
+    async def _work(self) -> None:
+        if self.pipeline.kept_log:
+            install()
+        try:
             await self._prepare_topics()
+            await self._introduce()
             await self._join()
             pulse = asyncio.create_task(self._feel_pulse())
             try:
@@ -190,18 +240,116 @@ class Worker(AssignmentListener):
                 self._stores.close()
             self._pool.close()
             self._store_pool.close()
+
+    async def _introduce(self) -> None:
+        """Take part in the session: find out what is wanted of it, and tell whoever watches."""
+        if self._steering is not None:
+            await self._steering.start()
+            self._introduced = True
+            if self._ends is not None and self.is_bounded:
+                self._steering.ends_at(self._ends)
+        if self._audience is not None:
+            self._audience.start()
+
+    async def _say_goodbye(self) -> None:
+        """Tell whoever watches how it ended."""
+        self._stopped = True
+        why = {"reason": self._ended_by, "message": str(self._failure or "")}
+        self._runtime.tell(Event("worker_stopped", "", {**why, "totals": self._totals()}))
+        if self.is_bounded and self.is_complete and self._failure is None:
+            self._runtime.tell(Event("session_completed", "", {"totals": self._totals()}))
         if self._failure is not None:
-            raise self._failure
-        return self.stats
+            self._runtime.tell(Event("session_failed", "", {"message": str(self._failure)}))
+        if self._audience is not None:
+            await self._audience.close(self.stats, self._failure)
+        if self._steering is not None:
+            await self._steering.close(str(self._failure or ""))
+
+    @property
+    def _ended_by(self) -> str:
+        if self._failure is not None:
+            return "failed"
+        if self.was_cancelled:
+            return "cancelled"
+        if self.stopped_by is not None:
+            return "row"
+        return "finished" if self.is_complete else "stopped"
 
     def stop(self) -> None:
         """Ask for an orderly end: no more rows are begun, those in work finish, everything is committed."""
         self._stopping = True
         self._changed.set()
 
+    def pause(self) -> None:
+        """Begin no more rows, finish and commit those in work, and let go of producers and tables.
+
+        The worker stays in the group and keeps its partitions: until :meth:`unpause`, or the end.
+        """
+        if not self._may_work.is_set() or self._stopping:
+            return
+        self._may_work.clear()
+        log.info("pausing: rows in work are finished and committed")
+        self._runtime.tell(Event("pausing", "", {"in_flight": self._in_flight.rows}))
+        self._runtime.end(self.options.drain_timeout)
+        for task in self._tasks.values():
+            task.drain()
+        self._changed.set()
+        self._tell_if_paused()
+
+    def unpause(self) -> None:
+        """Open the partitions again, and go on where they stand then: a replay may have moved them meanwhile."""
+        if self._may_work.is_set():
+            return
+        log.info("resumed")
+        self._runtime.go_on()
+        self._may_work.set()
+        self._runtime.tell(Event("resumed", "", {}))
+
+    def cancel(self) -> None:
+        """Stop at once: what has completed is committed, rows in work are given up and run again at the next start.
+
+        A blocking handler's thread goes on without anybody waiting for it.
+        """
+        if not self._cancelling.is_set():
+            log.warning("cancelled: what has completed is committed, rows in work will run again")
+            self._runtime.tell(Event("cancelled", "", {"in_flight": self._in_flight.rows}))
+        self._cancelling.set()
+        self.stop()
+
+    @property
+    def was_cancelled(self) -> bool:
+        """Whether :meth:`cancel` was called, or somebody cancelled the session."""
+        return self._cancelling.is_set()
+
+    @property
+    def state(self) -> WorkerState:
+        """What it does now."""
+        if self._stopped:
+            return "stopped"
+        if self._stopping:
+            return "stopping"
+        if not self._may_work.is_set():
+            return "paused" if self._is_at_rest else "pausing"
+        return "running" if self._epoch else "starting"
+
+    @property
+    def _is_at_rest(self) -> bool:
+        return self._owners.keys() <= self._resting
+
+    def _obey(self, record: SessionRecord) -> None:
+        """What the session's operators want; heard whenever that changes."""
+        if record.wanted is Wanted.CANCEL:
+            self.cancel()
+        elif record.wanted is Wanted.PAUSE:
+            self.pause()
+        else:
+            self.unpause()
+
     def finish_at(self, ends: Mapping[TopicPartition, int]) -> None:
         """End by itself once the low watermark of each of these partitions has reached the offset given."""
         self._ends = dict(ends)
+        if self._steering is not None and self._introduced and self.is_bounded:
+            self._steering.ends_at(self._ends)
         self._changed.set()
 
     @property
@@ -213,6 +361,81 @@ class Worker(AssignmentListener):
     def runtime(self) -> Runtime:
         """What the stages share: their counts, breakers and events."""
         return self._runtime
+
+    def context(self) -> ExecutionContext:
+        """The session's context as far as this worker's partitions go, as of their last commits."""
+        known = self._known | {tp: (task.context, task.committed) for tp, task in self._tasks.items()}
+        contexts = [context for context, _ in known.values()]
+        context = ExecutionContext.merge(contexts) if contexts else new_context(self.session, self._clock)
+        if self._ends is not None:
+            behind = (end - known[tp][1] for tp, end in self._ends.items() if tp in known)
+            context.total_rows = context.completed_rows + sum(max(0, rows) for rows in behind)
+        context.pipeline_name, context.session_name = self.pipeline.name, self.session.id
+        context.worker_name = self.name
+        return context
+
+    def snapshot(self) -> WorkerSnapshot:
+        """How the worker and its partitions stand now."""
+        account = self._runtime.account
+        partitions = tuple(self._partition_snapshot(tp) for tp in sorted(self._owners))
+        return WorkerSnapshot(
+            worker=self.name,
+            state=self.state,
+            at_ms=self._clock.now_ms(),
+            started_ms=self.stats.started_ms,
+            totals=self._totals(),
+            in_flight=sum(each.in_flight for each in partitions),
+            in_flight_bytes=self._in_flight.bytes,
+            commit_seconds=self.stats.commit_seconds,
+            partitions=partitions,
+            stages={name: counts.to_dict() for name, counts in self._runtime.stage_counts.items()},
+            breakers={name: breaker.state for name, breaker in self._runtime.breakers.items()},
+            budget=None if account is None else account.to_dict(),
+            events_dropped=self._steering.events_dropped if self._steering is not None else 0,
+            observer_errors=sum(self._audience.dispatcher.errors.values()) if self._audience is not None else 0,
+        )
+
+    def _partition_snapshot(self, tp: TopicPartition) -> PartitionSnapshot:
+        task = self._tasks.get(tp)
+        if task is not None:
+            return task.snapshot()
+        return PartitionSnapshot(tp=tp, state="paused" if tp in self._resting else "opening", counts={})
+
+    def _totals(self) -> dict[str, int | str]:
+        totals: dict[str, int | str] = {name: getattr(self.stats, name) for name in _TOTALS}
+        return {**totals, "cost": str(self.stats.cost)}
+
+    def _trace(self) -> Tracing | None:
+        """Have rows traced, where the process has a provider of traces."""
+        system = "kafka" if self._broker.url.startswith("kafka") else "rowmill"
+        tracing = find_tracing(system=system, group=self.session.group, worker=self.name)
+        if tracing is not None:
+            self._chain, self._runtime.traced = tracing.chain(self._chain), tracing.stage
+        return tracing
+
+    def _make_audience(self, observers: Sequence[ExecutionObserver]) -> Audience | None:
+        if not observers:
+            return None
+        from .steering import Audience
+
+        return Audience(self.pipeline, observers, self.context, self._runtime, self._clock, self.session.id, self.name)
+
+    def _make_steering(self) -> Steering:
+        from .steering import Steering, about, describe
+
+        return Steering(
+            self._broker,
+            self.session,
+            self.name,
+            about=partial(about, self),
+            describe=partial(describe, self, state_folder(self.options, self._broker)),
+            obey=self._obey,
+            snapshot=self.snapshot,
+            runtime=self._runtime,
+            clock=self._clock,
+            timeout=self.options.broker_timeout,
+            create=self.options.create_topics,
+        )
 
     def has_committed(self, ends: Mapping[TopicPartition, int]) -> bool:
         """Whether everything before these offsets is committed, as far as this worker's partitions go."""
@@ -235,6 +458,7 @@ class Worker(AssignmentListener):
         kept = partitions & self._owners.keys() if consecutive else frozenset()
         self._epoch += 1
         log.info("assigned %s (epoch %d; %d stayed)", _names(partitions), self._epoch, len(kept))
+        self._runtime.tell(Event("partitions_assigned", "", _listed(partitions)))
         former = {tp: self._part(tp) for tp in list(self._owners) if tp not in kept}
         for tp in sorted(partitions - kept):
             self._epochs[tp] = self._epoch
@@ -253,6 +477,7 @@ class Worker(AssignmentListener):
         Rows in work go on: most partitions come straight back.
         """
         log.info("revoked %s", _names(partitions))
+        self._runtime.tell(Event("partitions_revoked", "", _listed(partitions)))
         self._stable.clear()
         tasks = [self._tasks[tp] for tp in sorted(partitions) if tp in self._tasks]
         await _flush(tasks, goodbye=True)
@@ -262,7 +487,12 @@ class Worker(AssignmentListener):
     def _part(self, tp: TopicPartition) -> asyncio.Task[None]:
         """Give a partition up: its owner is cancelled, and lets go of producer and store on its way out."""
         self._epochs.pop(tp, None)
-        self._tasks.pop(tp, None)
+        self._resting.discard(tp)
+        task = self._tasks.pop(tp, None)
+        if self._member is not None:
+            self._known.pop(tp, None)  # somebody else's now
+        elif task is not None:
+            self._known[tp] = (task.context, task.committed)
         owner = self._owners.pop(tp)
         owner.cancel()
         self._parting.add(owner)
@@ -304,6 +534,7 @@ class Worker(AssignmentListener):
 
     async def _join(self) -> None:
         self._rejoin = False
+        self._known.clear()
         self._stable.set()
         self._member = self._broker.member(self.session.group, self._sources)
         await self._member.join(self)
@@ -326,8 +557,11 @@ class Worker(AssignmentListener):
         if former is not None:  # it holds the store
             await asyncio.wait({former}, timeout=self.options.broker_timeout)
         patience = Patience(self._clock, self.options.stall_timeout)
-        while not self._stopping and self._epochs.get(tp) == epoch:
+        while True:
             await self._stable.wait()
+            await self._rest_while_paused(tp)
+            if self._stopping or self._epochs.get(tp) != epoch:
+                return
             task = self._make_task(tp)
             patience.begin()
             try:
@@ -335,9 +569,12 @@ class Worker(AssignmentListener):
             finally:
                 if self._tasks.get(tp) is task:
                     del self._tasks[tp]
+                    self._known[tp] = (task.context, task.committed)
                 await to_the_end(task.close())
             if trouble is None:
-                return
+                if self._member is None:
+                    return
+                continue  # paused, unless it is over
             if patience.is_over(worked=task.has_committed):
                 self._fail(StalledError(f"{tp}: no progress for {self.options.stall_timeout:g} s: {trouble}"))
                 return
@@ -346,25 +583,45 @@ class Worker(AssignmentListener):
                 await self._set_aside(tp)
             await patience.pause()
 
+    async def _rest_while_paused(self, tp: TopicPartition) -> None:
+        """Nothing of the partition is open meanwhile: whoever wants may move it."""
+        if self._may_work.is_set():
+            return
+        self._resting.add(tp)
+        self._tell_if_paused()
+        try:
+            await self._may_work.wait()
+        finally:
+            self._resting.discard(tp)
+
+    def _tell_if_paused(self) -> None:
+        if self._is_at_rest and not self._stopping:
+            log.info("paused")
+            self._runtime.tell(Event("paused", "", {}))
+
     async def _run_task(self, task: PartitionTask, epoch: int) -> BaseException | None:
         """Run a task to its end; gives the error that a fresh look can mend, None if nothing is left to do."""
         tp = task.tp
+        began = self._clock.monotonic()
         try:
             if tp.partition >= self._changelogs[tp.topic]:
                 await self._prepare_changelogs({tp.topic: tp.partition + 1})
             await self._facilities.take_over(tp)
             offset = await task.open(self._first_offset)
             await self._stable.wait()  # the next assignment tells whether it is still ours
-            if self._epochs.get(tp) != epoch or self._member is None:
+            if self._epochs.get(tp) != epoch or self._member is None or not self._may_work.is_set():
                 return None
             self._tasks[tp] = task
             self._member.begin(tp, offset)
             self._changed.set()
+            opened = round(self._clock.monotonic() - began, 3)
+            self._runtime.tell(Event("partition_opened", str(tp), {"offset": offset, "seconds": opened}))
             await task.run()
         except FencedError as error:
             if self.options.guarantee == "at_least_once":
                 return error
             log.warning("%s; joining the group again", error)
+            self._epochs.pop(tp, None)  # it is somebody else's: not to be opened here without a fresh assignment
             self._rejoin = True
             self._changed.set()
         except (BrokerError, CheckpointMovedError, StoreError) as error:
@@ -397,7 +654,7 @@ class Worker(AssignmentListener):
             self.options,
             self._store_pool,
             self._clock,
-            self._name,
+            self.name,
         )
         return PartitionTask(
             tp,
@@ -411,6 +668,8 @@ class Worker(AssignmentListener):
                 self._catalog,
                 self._runtime,
                 state.tables,
+                lambda: state.rebuild,
+                self._tracing,
             ),
             make_flow=None if self._keeps_order else self._make_flow,
             in_flight=self._in_flight,
@@ -428,6 +687,8 @@ class Worker(AssignmentListener):
         return Forwarder(self._broker, self.session, tp, self.options, lambda: self._member)
 
     def _make_flow(self, on_done: OnDone, on_error: Callable[[], None], on_given_up: OnGivenUp) -> Flow:
+        if self._tracing is not None:
+            on_done, on_given_up = self._tracing.ending(on_done), self._tracing.giving_up(on_given_up)
         return Flow(
             self._chain,
             self._runtime,
@@ -451,12 +712,14 @@ class Worker(AssignmentListener):
 
     def _on_commit(self, tp: TopicPartition, effects: Effects, seconds: float) -> None:
         self.stats.add(tp, effects)
+        self.stats.commit_seconds = seconds
+        for record, failure in effects.failures:
+            self._runtime.tell(_row_failed(record, failure))
         log.debug("%s: committed %d rows in %.3f s", tp, effects.rows, seconds)
 
     def _halt(self, tp: TopicPartition, failure: Failure) -> None:
         """A row ends the session: in order, or as failed."""
-        if failure.kind == GIVEN_UP:  # it ends already, and the row waits for something
-            self.stop()
+        if failure.kind == GIVEN_UP:  # it ends already, or pauses, and the row waits for something
             return
         if self.stopped_by is None:
             self.stopped_by = failure
@@ -635,15 +898,22 @@ class Worker(AssignmentListener):
 
     async def _drain(self) -> None:
         """Finish what is in work, and commit it."""
+        self._stopping = True
         self._runtime.end(self.options.drain_timeout)
         for task in self._tasks.values():
             task.drain()
         owners = [owner for tp, owner in self._owners.items() if tp in self._tasks]
-        if owners:
-            _, late = await asyncio.wait(owners, timeout=self.options.drain_timeout)
-            if late:
+        if not owners:
+            return
+        cancelled = asyncio.ensure_future(self._cancelling.wait())
+        ends: set[asyncio.Future[Any]] = {asyncio.gather(*owners, return_exceptions=True), cancelled}
+        await asyncio.wait(ends, timeout=self.options.drain_timeout, return_when=FIRST_COMPLETED)
+        cancelled.cancel()
+        late = [owner for owner in owners if not owner.done()]
+        if late:
+            if not self.was_cancelled:
                 log.warning("%d partitions did not finish within %g s", len(late), self.options.drain_timeout)
-                await _flush(self._tasks.values(), goodbye=True)  # nobody died: rows in work are not to blame
+            await _flush(self._tasks.values(), goodbye=True)  # nobody died: rows in work are not to blame
 
     async def _leave(self) -> None:
         self._epoch += 1
@@ -676,6 +946,27 @@ async def _flush(tasks: Iterable[PartitionTask], *, goodbye: bool) -> None:
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(_REVOKE_SECONDS):
             await asyncio.gather(*(task.flush(goodbye=goodbye) for task in tasks))
+
+
+def _blocking_calls(pipeline: Pipeline) -> int:
+    """How many calls of blocking handlers may hold a thread at once."""
+    return sum(s.concurrency for s in with_inner(pipeline.stages) if not s.is_async and not s.is_plain)
+
+
+def _set_event() -> asyncio.Event:
+    event = asyncio.Event()
+    event.set()
+    return event
+
+
+def _row_failed(record: Record, failure: Failure) -> Event:
+    place = {"topic": record.topic, "partition": record.partition, "offset": record.offset}
+    why = {"type": failure.kind, "message": failure.message[:_TOLD_CHARACTERS], "attempts": failure.attempts}
+    return Event("row_failed", failure.stage, {**place, **why, "then": failure.then})
+
+
+def _listed(partitions: frozenset[TopicPartition]) -> dict[str, Any]:
+    return {"partitions": [str(tp) for tp in sorted(partitions)]}
 
 
 def _names(partitions: frozenset[TopicPartition]) -> str:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Literal, Protocol, TypeAlias
 
 from ...state.model import Committed, Outgoing, Record, TopicPartition
-from ..errors import TopicError
+from ..errors import BrokerError, TopicError
 
 Moment: TypeAlias = "Literal['earliest', 'end', 'high_watermark'] | int"
 """A place in a log: its first record; ``end``, the end of what a reader can see now (the last stable offset);
@@ -55,6 +55,23 @@ class BrokerInfo:
     kind: str
     version: str
     nodes: int
+
+
+@dataclass(frozen=True, slots=True)
+class MemberInfo:
+    """A member of a group, as the broker knows it.
+
+    Attributes:
+        id: the broker's name for it; every join may have a new one.
+        client: what it calls itself.
+        host: where it connects from.
+        partitions: those that it owns; none while the group rebalances, or when there are more members than partitions.
+    """
+
+    id: str
+    client: str
+    host: str
+    partitions: frozenset[TopicPartition]
 
 
 class Reader(ABC):
@@ -331,6 +348,16 @@ class Broker(ABC):
     @abstractmethod
     async def groups(self) -> list[str]:
         """The names of all groups with members or offsets, sorted."""
+
+    async def members(self, group: str) -> list[MemberInfo]:
+        """The present members of a group by their ids; [] for a group that has none, or that nobody knows.
+
+        A process that was killed may be told of for as long as ``session_timeout``, where there is one.
+
+        Raises:
+            BrokerError: the broker does not tell; what is asked for is unknown, not empty.
+        """
+        raise BrokerError(f"{self.url} does not tell who is in group {group!r}")
 
     @abstractmethod
     async def delete_groups(self, names: Collection[str]) -> None:

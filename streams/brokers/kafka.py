@@ -30,7 +30,8 @@ from aiokafka.admin import AIOKafkaAdminClient, NewPartitions, NewTopic
 from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
 from aiokafka.consumer.fetcher import READ_COMMITTED, PartitionRecords
 from aiokafka.coordinator.assignors.sticky.sticky_assignor import StickyPartitionAssignor
-from aiokafka.protocol.admin import DeleteGroupsRequest, DeleteTopicsRequest
+from aiokafka.coordinator.protocol import ConsumerProtocol, ConsumerProtocolMemberAssignment
+from aiokafka.protocol.admin import DeleteGroupsRequest, DeleteTopicsRequest, DescribeGroupsRequest
 from aiokafka.protocol.api import Request, RequestStruct, Response
 from aiokafka.protocol.commit import OffsetFetchRequest
 from aiokafka.protocol.fetch import FetchRequest
@@ -62,6 +63,7 @@ from .base import (
     Broker,
     BrokerInfo,
     Member,
+    MemberInfo,
     Moment,
     Producer,
     Reader,
@@ -196,9 +198,10 @@ class KafkaBroker(Broker):
         self._connection: dict[str, Any] = {"bootstrap_servers": bootstrap, "request_timeout_ms": 20_000}
         self._connection |= security.client_options() if security else {}
         # At DEBUG the client logs keys and values (FACTS): never let it.
+        # Also where somebody turns the root logger to DEBUG later: a password is in there, too.
         client_log = logging.getLogger("aiokafka")
-        if client_log.getEffectiveLevel() < logging.INFO:
-            client_log.setLevel(logging.INFO)
+        if client_log.level < logging.INFO:
+            client_log.setLevel(max(logging.INFO, client_log.getEffectiveLevel()))
         self._admin: AIOKafkaAdminClient | None = None
         self._lookup: aiokafka.AIOKafkaConsumer | None = None
         self._uncommitted: aiokafka.AIOKafkaConsumer | None = None
@@ -423,6 +426,25 @@ class KafkaBroker(Broker):
         async with self._call("list groups"):
             return sorted({str(group[0]) for group in await self._started().list_consumer_groups()})
 
+    @_outlives_its_caller
+    async def members(self, group: str) -> list[MemberInfo]:
+        """DescribeGroups for this one group.
+
+        The client reads the answer of the newest version by the layout of the one before, which holds for its first
+        group only; and its own call passes over the group's error.
+        """
+        request = DescribeGroupsRequest([group])
+        async with self._call(f"describe group {group}"):
+            while True:
+                try:
+                    coordinator = await self._started().find_coordinator(group)
+                    response = await self._started()._send_request(request, coordinator)  # noqa: SLF001
+                    return _members(response.groups[0])
+                except kafka_errors.KafkaError as error:
+                    if not getattr(error, "retriable", False):
+                        raise
+                await self._clock.sleep(RETRY_PAUSE)
+
     async def delete_groups(self, names: Collection[str]) -> None:
         """Forget groups; each at its coordinator, one that is absent or already gone is no error."""
         async with self._call("delete groups"):
@@ -566,6 +588,34 @@ def _committed(response: Any, partitions: Collection[TopicPartition]) -> dict[To
     if missing:  # a short answer is no "no offset"
         raise kafka_errors.GroupLoadInProgressError(f"no answer for {missing[0]}")
     return found
+
+
+def _members(described: Sequence[Any]) -> list[MemberInfo]:
+    """The members in a group's description. A group that nobody knows is told as dead, or as an error of its own."""
+    code, group, _, kind, _, members, *_ = described
+    error = kafka_errors.for_code(code)
+    if error is kafka_errors.GroupIdNotFound:
+        return []
+    if error is not kafka_errors.NoError:
+        raise error(group)
+    decoded = kind == ConsumerProtocol.PROTOCOL_TYPE
+    return sorted(
+        (
+            MemberInfo(member, client, host.removeprefix("/"), _assigned(assignment if decoded else b""))
+            for member, client, host, _, assignment in members
+        ),
+        key=lambda member: member.id,
+    )
+
+
+def _assigned(assignment: bytes) -> frozenset[TopicPartition]:
+    """The partitions in a member's assignment; it is empty until the leader has shared them out."""
+    if not assignment:
+        return frozenset()
+    try:
+        return frozenset(TopicPartition(*tp) for tp in ConsumerProtocolMemberAssignment.decode(assignment).partitions())
+    except (ValueError, struct.error) as error:
+        raise BrokerError(f"a member's assignment cannot be read ({error}): {assignment[:80]!r}") from error
 
 
 def _pending(response: Any, partitions: Collection[TopicPartition]) -> frozenset[TopicPartition]:

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import platform
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
@@ -30,9 +31,9 @@ from ...state.clock import Clock
 from ...state.errors import ConfigError, RowmillError
 from ...state.model import Committed, TopicPartition
 from ..errors import GroupBusyError, OffsetOutOfRangeError, TopicError
-from .base import Broker, BrokerInfo, Moment, TopicInfo, TopicSpec
+from .base import Broker, BrokerInfo, MemberInfo, Moment, TopicInfo, TopicSpec
 from .local_compact import compact
-from .local_group import served_groups
+from .local_group import owner_of, served_groups
 from .local_producer import LocalProducer, LocalTransactionalProducer
 from .local_reader import LocalMember, LocalReader
 from .local_store import SQLITE_VERSION, LogStore, Retention, StoredTopic, StoreOptions
@@ -208,6 +209,20 @@ class LocalBroker(Broker):
         """Groups with a member or with offsets."""
         committed = await self._reads.call(LogStore.groups)
         return sorted({*committed, *served_groups(self.folder)})
+
+    async def members(self, group: str) -> list[MemberInfo]:
+        """The one member, if some process of this machine serves the group."""
+        owner = owner_of(self.folder, group)
+        if owner is None:
+            return []
+        topics = await self.topics()
+        partitions = frozenset(
+            TopicPartition(name, partition)
+            for name in owner.topics
+            if name in topics
+            for partition in range(topics[name].partitions)
+        )
+        return [MemberInfo(str(owner.pid), "rowmill", platform.node(), partitions)]
 
     async def delete_groups(self, names: Collection[str]) -> None:
         """Forget groups.

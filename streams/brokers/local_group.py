@@ -10,16 +10,36 @@ from __future__ import annotations
 
 import fcntl
 import os
+from collections.abc import Collection
 from hashlib import sha256
 from pathlib import Path
-from threading import Lock
-from typing import Any
+from threading import Event, Lock
+from typing import Any, NamedTuple
 from urllib.parse import quote
 
 from ...state import codec
 from ..errors import BrokerUnreachableError, GroupBusyError
 
-_held: dict[tuple[int, Path], str] = {}
+_TRIES = 10
+_PAUSE_SECONDS = 0.005
+_OWNER_BYTES = 1 << 16
+
+
+class Owner(NamedTuple):
+    """Who serves a group.
+
+    Attributes:
+        group: which one.
+        pid: the process.
+        topics: what it reads, all partitions of it.
+    """
+
+    group: str
+    pid: int
+    topics: tuple[str, ...]
+
+
+_held: dict[tuple[int, Path], Owner] = {}
 """Groups served by members in this process. By process id too: a forked child inherits the list, not the locks."""
 
 _guard = Lock()
@@ -27,10 +47,17 @@ _guard = Lock()
 
 
 class GroupLock:
-    """The exclusive right to serve one group."""
+    """The exclusive right to serve one group.
 
-    def __init__(self, folder: Path, group: str) -> None:
+    Args:
+        folder: the broker's.
+        group: its name.
+        topics: what its member reads, for those who ask.
+    """
+
+    def __init__(self, folder: Path, group: str, topics: Collection[str] = ()) -> None:
         self._group = group
+        self._topics = tuple(sorted(topics))
         self._file = _file_of(folder, group)
         self._handle: int | None = None
 
@@ -44,13 +71,14 @@ class GroupLock:
             if (os.getpid(), self._file) in _held:
                 raise _busy(self._group, f"this process ({os.getpid()})")
             handle = _open(self._file)
-            if not _lock(handle):
+            if not _lock_patiently(handle):
                 owner = _owner(handle).get("pid", "unknown")
                 os.close(handle)
                 raise _busy(self._group, f"process {owner}")
+            owned = Owner(self._group, os.getpid(), self._topics)
             os.ftruncate(handle, 0)
-            os.pwrite(handle, codec.dumps({"group": self._group, "pid": os.getpid()}), 0)
-            _held[os.getpid(), self._file] = self._group
+            os.pwrite(handle, codec.dumps(owned._asdict()), 0)
+            _held[os.getpid(), self._file] = owned
             self._handle = handle
 
     def release(self) -> None:
@@ -68,16 +96,27 @@ class GroupLock:
 def served_groups(folder: Path) -> set[str]:
     """The groups that have a member in some process of this machine."""
     with _guard:
-        return {group for file in (folder / "groups").glob("*.lock") if (group := _served_by(file)) is not None}
+        owners = [_served_by(file) for file in (folder / "groups").glob("*.lock")]
+    return {owner.group for owner in owners if owner is not None}
 
 
-def _served_by(file: Path) -> str | None:
+def owner_of(folder: Path, group: str) -> Owner | None:
+    """Who serves a group, in some process of this machine; None if nobody does."""
+    file = _file_of(folder, group)
+    with _guard:
+        return _served_by(file) if file.exists() else None
+
+
+def _served_by(file: Path) -> Owner | None:
     held_here = _held.get((os.getpid(), file))
     if held_here is not None:
         return held_here
     handle = _open(file)
     try:
-        return None if _lock(handle) else _owner(handle).get("group")
+        if _lock(handle):
+            return None
+        owner = _owner(handle)
+        return Owner(owner["group"], owner.get("pid", 0), tuple(owner.get("topics", ()))) if "group" in owner else None
     finally:
         os.close(handle)
 
@@ -104,9 +143,18 @@ def _lock(handle: int) -> bool:
     return True
 
 
+def _lock_patiently(handle: int) -> bool:
+    """The same, in spite of those who only ask whether somebody has it: they hold it themselves for a moment."""
+    for _ in range(_TRIES):
+        if _lock(handle):
+            return True
+        Event().wait(_PAUSE_SECONDS)
+    return False
+
+
 def _owner(handle: int) -> dict[str, Any]:
     try:
-        owner = codec.loads(os.pread(handle, 4096, 0))
+        owner = codec.loads(os.pread(handle, _OWNER_BYTES, 0))
     except ValueError:  # between taking the lock and writing its name
         return {}
     return owner if isinstance(owner, dict) else {}

@@ -190,7 +190,7 @@ class LocalMember(LocalReader, Member):
         super().__init__(broker)
         self._group = group
         self._topics = list(topics)
-        self._lock = GroupLock(broker.folder, group)
+        self._lock = GroupLock(broker.folder, group, topics)
         self._listener: AssignmentListener | None = None
         self._owned: dict[TopicPartition, int] = {}
 

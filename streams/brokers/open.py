@@ -42,7 +42,7 @@ def open_broker(
     clock = clock or SystemClock()
     scheme, separator, rest = url.partition("://")
     if not separator or not rest:
-        raise ConfigError("broker", url, _FORMS)
+        raise ConfigError("broker", shown_url(url), _FORMS)
     if scheme == "local":
         from .local import LocalBroker
 
@@ -51,21 +51,30 @@ def open_broker(
         from .kafka import KafkaBroker
 
         return KafkaBroker(_addresses(url), clock=clock, security=_security(url, environment))
-    raise ConfigError("broker", url, _FORMS)
+    raise ConfigError("broker", shown_url(url), _FORMS)
+
+
+def shown_url(url: str) -> str:
+    """As much of a URL, right or wrong, as can hold no password: whoever wrote it wrongly may have put one anywhere."""
+    scheme, separator, _ = url.partition("://")
+    if "@" in url and scheme != "local":
+        return f"{scheme}://…@…" if separator else "…@…"
+    address, question, _ = url.partition("?")
+    return f"{address}?…" if question else address
 
 
 def _addresses(url: str) -> str:
     netloc = urlsplit(url).netloc
-    if "@" in netloc:
-        # Not shown: what stands before the @ is probably a password.
-        raise ConfigError("broker", "kafka://…@…", "no secrets in a URL: use ?user= and ROWMILL_KAFKA_PASSWORD")
     addresses = [address.strip() for address in netloc.split(",") if address.strip()]
     for address in addresses:
         host, _, port = address.rpartition(":")
+        # An @ anywhere: a password may hold what ends the address, such as / or ?.
+        if "@" in netloc or ("@" in url and not port.isdigit()):
+            raise ConfigError("broker", shown_url(url), "no secrets in a URL: use ?user= and ROWMILL_KAFKA_PASSWORD")
         if not host or not port.isdigit():
-            raise ConfigError("broker", url, f"{address!r} is no host:port; {_FORMS}")
+            raise ConfigError("broker", shown_url(url), f"{address!r} is no host:port; {_FORMS}")
     if not addresses:
-        raise ConfigError("broker", url, _FORMS)
+        raise ConfigError("broker", shown_url(url), _FORMS)
     return ",".join(addresses)
 
 
@@ -102,3 +111,5 @@ def _password(given: Mapping[str, str], environment: Mapping[str, str]) -> str |
         return path.read_text(encoding="utf-8").strip()
     except OSError as error:
         raise ConfigError("broker setting password_file", str(path), f"it cannot be read: {error}") from error
+    except UnicodeDecodeError:  # whose message shows some of it
+        raise ConfigError("broker setting password_file", str(path), "it is no text in UTF-8") from None

@@ -1,10 +1,11 @@
-"""``rowmill replay``: move the live session's position, or run a part of its rows once more in a session of its own."""
+"""``rowmill replay``: move a session's position, or run a part of its rows once more in a session of its own."""
 
 from __future__ import annotations
 
 import argparse
+import sys
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +17,10 @@ from .parser import Commands, add_broker, add_command, add_commits, add_max_deat
 from .progress import counted_progress
 
 if TYPE_CHECKING:
+    from datetime import datetime
+
     from ..brokers.base import Broker
+    from ..hold import Standstill
     from ..pipeline import Pipeline
     from ..replay import Execution, Move, Replay, Target
     from ..runs import Progress, RunOutcome
@@ -25,7 +29,7 @@ if TYPE_CHECKING:
     from .signals import Caught
 
 FAILED = 1
-_SIDE_ONLY = ("session", "begin", "until", "no_cache")
+_SIDE_ONLY = ("begin", "until", "no_cache")
 _TARGETS = ("earliest", "latest", "current", "offset", "datetime", "duration", "shift", "file")
 
 
@@ -36,10 +40,13 @@ def add_parser(commands: Commands) -> None:
         "replay",
         main,
         words="PIPELINE",
-        summary="run rows again: move the live session's position, or a side session over a range",
+        summary="run rows again: move a session's position, or a side session over a range",
         about=(
             "Show what moving the position of the live session would do; --execute moves it. Its workers have to be "
-            "stopped; the next worker goes on from there. The options are those of Kafka's own reset tool.\n\n"
+            "stopped, or paused (rowmill pause), and go on from there. The options are those of Kafka's own reset "
+            "tool.\n\n"
+            "With --state rebuild, tables are emptied and made again: all rows before the target run once more, "
+            "without results.\n\n"
             "With --side, run a range of the source topics once more, now and here, in a session with a group, tables "
             "and output topics of its own; the live session is left alone.\n\n"
             "PIPELINE is file.py, file.py:name or module:name; or, without --side, the pipeline's name with --source."
@@ -67,7 +74,14 @@ def add_parser(commands: Commands) -> None:
         "--state",
         choices=["keep", "reset", "rebuild"],
         default="keep",
-        help="tables: keep them as they are, or reset them to empty in partitions that move (default: %(default)s)",
+        help="tables: keep them as they are; reset them to empty in partitions that move; or rebuild them from the "
+        "earliest row, without results up to the target, which is --to-current if none is given (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--session",
+        metavar="NAME",
+        help="the session to move (default: the live one); with --side, the new session's name: after a stop, go on by "
+        "it (default: a new one)",
     )
     acting = parser.add_mutually_exclusive_group()
     acting.add_argument("--execute", action="store_true", help="move the position")
@@ -101,7 +115,6 @@ def _add_targets(parser: argparse.ArgumentParser) -> None:
 def _add_side(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("a session of its own")
     group.add_argument("--side", action="store_true", help="run a range in a session of its own, to its end")
-    group.add_argument("--session", metavar="NAME", help="its name; after a stop, go on by it (default: a new one)")
     where = "earliest, end, an offset (in every partition), or a time"
     group.add_argument("--from", dest="begin", metavar="WHERE", help=f"{where} (default: earliest)")
     group.add_argument("--until", metavar="WHERE", help=f"{where}, which is not run any more (default: end)")
@@ -124,15 +137,12 @@ def main(args: argparse.Namespace) -> int:
         if getattr(args, name) not in (None, False):
             option = "--from" if name == "begin" else "--" + name.replace("_", "-")
             raise ConfigError(option, getattr(args, name), "it goes with --side")
+    if not asked and args.state == "rebuild":
+        asked = ["current"]
     if not asked:
         raise ConfigError(
             "replay", None, "say where to go: --to-earliest, --to-latest, --to-current, --to-offset, --to-datetime, "
             "--by-duration, --shift-by or --from-file; or --side for a session of its own",
-        )  # fmt: skip
-    if args.state == "rebuild":
-        raise ConfigError(
-            "--state", "rebuild", "rowmill cannot run rows without their results yet. Use reset with --to-earliest, "
-            "which makes the results again as well, or keep",
         )  # fmt: skip
     return _move(args, asked[0])
 
@@ -142,23 +152,30 @@ def main(args: argparse.Namespace) -> int:
 
 @dataclass(frozen=True)
 class _Subject:
-    """The pipeline as far as a move needs it."""
+    """The pipeline as far as a move needs it. What is None is not known, as only its name was given."""
 
     session: Session
     sources: list[str]
-    sink: str | None
-    tables: list[str] | None
-    """None: not known, as only the name was given."""
+    sink: str | None = None
+    tables: list[str] | None = None
+    start: datetime | str = "earliest"
+
+    @property
+    def name(self) -> str:
+        """As other commands know the session."""
+        return self.session.group.removeprefix("rowmill.")
 
 
 def _move(args: argparse.Namespace, how: str) -> int:
     subject = _subject(args)
+    if args.state == "rebuild" and subject.tables == []:
+        raise ConfigError("--state", "rebuild", "the pipeline has no tables; leave --state out")
     target = _target(args, how, subject.sources)
     return on_broker(args.broker, lambda broker: _plan_or_execute(args, broker, subject, target))
 
 
 def _subject(args: argparse.Namespace) -> _Subject:
-    from ..session import Session, check_topic
+    from ..session import LIVE, Session, check_topic
 
     is_name = not args.pipeline.endswith(".py") and ":" not in args.pipeline
     if is_name and not args.source:
@@ -170,11 +187,13 @@ def _subject(args: argparse.Namespace) -> _Subject:
         if not is_name:
             raise ConfigError("--source", args.source[0], "it goes with a pipeline's name; a file tells its sources")
         sources = [check_topic("--source", topic) for topic in args.source]
-        return _Subject(Session(args.pipeline), sources, None, None)
+        return _Subject(Session(args.pipeline, args.session or LIVE), sources)
     from .load import load_pipeline
 
     pipeline = load_pipeline(args.pipeline)
-    return _Subject(Session(pipeline.name), list(pipeline.sources), pipeline.sink, list(pipeline.tables))
+    session = Session(pipeline.name, args.session or LIVE)
+    sink = session.output(pipeline.sink)
+    return _Subject(session, list(pipeline.sources), sink, list(pipeline.tables), pipeline.start)
 
 
 def _target(args: argparse.Namespace, how: str, sources: Sequence[str]) -> Target:
@@ -231,30 +250,54 @@ async def _plan_or_execute(args: argparse.Namespace, broker: Broker, subject: _S
         state=args.state,
         only=parse_topics("--topic", args.topic, subject.sources) if args.topic else None,
         has_tables=None if subject.tables is None else bool(subject.tables),
+        start=subject.start,
     )
     if args.execute:
         return await _execute(args, replay, subject, target)
-    moves = await replay.plan()
+    moves, standstill = await replay.plan(), await replay.standstill()
     if args.json:
-        _print_json(args, subject, moves, {})
+        _print_json(args, subject, moves, {}, standstill)
     else:
         print(_plan_text(args, subject, target, moves))
-        say(f"\nnothing was changed; to do it:\n  {_again(args)}", quiet=args.quiet)
+        say(f"\nnothing was changed; to do it{_first(args, subject, standstill)}:\n  {_again(args)}", quiet=args.quiet)
     return 0
 
 
+def _first(args: argparse.Namespace, subject: _Subject, standstill: Standstill) -> str:
+    """What has to happen before it can be executed."""
+    if not standstill.members or standstill.is_paused:
+        return ""
+    one = standstill.members == 1
+    workers = "the worker that runs" if one else f"the {standstill.members:,} workers that run"
+    pause = command("rowmill", "pause", subject.name, *broker_words(args))
+    return f", stop {workers},\nor pause {'it' if one else 'them'} ({pause})"
+
+
 async def _execute(args: argparse.Namespace, replay: Replay, subject: _Subject, target: Target) -> int:
-    execution = await replay.execute()
+    standstill = await replay.standstill()
+    if standstill.is_paused and standstill.members:
+        say("waiting until all workers say that they are paused", quiet=args.quiet)
+    execution = await replay.execute(_progress(args))
     if args.json:
-        _print_json(args, subject, execution.moved, {str(tp): str(error) for tp, error in execution.failed.items()})
+        failed = {str(tp): str(error) for tp, error in execution.failed.items()}
+        _print_json(args, subject, execution.moved, failed, standstill)
     elif execution.moved:
         print(_plan_text(args, subject, target, execution.moved))
-    return _tell_failures(args, execution)
+    return _tell_failures(args, subject, execution, standstill)
 
 
-def _tell_failures(args: argparse.Namespace, execution: Execution) -> int:
+def _progress(args: argparse.Namespace) -> Callable[[Move], None]:
+    """On a terminal, a line for each partition: those with large tables take a while."""
+    if args.quiet or args.no_progress or not sys.stderr.isatty():
+        return lambda _: None
+    return lambda move: say(f"  {move.tp} {'was moved before' if move.done else 'moved'}")
+
+
+def _tell_failures(args: argparse.Namespace, subject: _Subject, execution: Execution, standstill: Standstill) -> int:
     if not execution.failed:
-        say("done; the next worker goes on from there", quiet=args.quiet)
+        resume = command("rowmill", "resume", subject.name, *broker_words(args))
+        paused = f"done; the session is paused, and goes on from there with:\n  {resume}"
+        say(paused if standstill.is_paused else "done; the next worker goes on from there", quiet=args.quiet)
         return 0
     for tp, error in sorted(execution.failed.items()):
         say(f"rowmill: error: {tp} was not moved: {error}")
@@ -275,9 +318,10 @@ def _plan_text(args: argparse.Namespace, subject: _Subject, target: Target, move
     moment = _moment(target)
     if moment:
         lines[0] += f" to {moment}"
-    shown: list[tuple[str, ...]] = [("partition", "from", "to", "run again", "skipped", "")]
-    shown += [_move_line(move) for move in moves]
-    lines += ["", table(shown, right=[1, 2, 3, 4], indent="  "), ""]
+    rebuilds = args.state == "rebuild"
+    shown: list[tuple[str, ...]] = [("partition", "from", "to", *(["tables from"] * rebuilds), "again", "skipped", "")]
+    shown += [_move_line(move, rebuilds=rebuilds) for move in moves]
+    lines += ["", table(shown, right=range(1, len(shown[0]) - 1), indent="  "), ""]
     for line in _consequences(args, subject, moves):
         lines.append(textwrap.fill(line, width(), initial_indent="  ", subsequent_indent=" " * 13))
     return "\n".join(lines)
@@ -289,36 +333,63 @@ def _moment(target: Target) -> str:
     return f"the first rows from {shown_moment(target.value)} on" if target.how == "time" else ""
 
 
-def _move_line(move: Move) -> tuple[str, ...]:
+def _move_line(move: Move, *, rebuilds: bool) -> tuple[str, ...]:
     before = "-" if move.before is None else f"{move.before:,}"
     to = before if move.to is None else f"{move.to:,}"
-    return str(move.tp), before, to, f"{move.run_again:,}", f"{move.skipped:,}", move.note
+    begin = "-" if move.rebuilds_from is None else f"{move.rebuilds_from:,}"
+    cells = (str(move.tp), before, to, *([begin] if rebuilds else []), f"{move.run_again:,}", f"{move.skipped:,}")
+    return (*cells, move.note)
 
 
 def _consequences(args: argparse.Namespace, subject: _Subject, moves: Sequence[Move]) -> Iterator[str]:
     again, discarded = sum(move.run_again for move in moves), sum(move.discarded for move in moves)
     skipped = sum(move.skipped for move in moves)
-    yield f"rows       at most {again:,} run again and {skipped:,} are left out (gaps of the log count)"
+    if args.state == "rebuild":
+        rebuilt = sum(move.rebuilt for move in moves)
+        yield f"rows       at most {rebuilt:,} run first for the tables alone, without results"
+        yield f"           at most {again:,} run again with results; those of {skipped:,} are left out"
+    else:
+        yield f"rows       at most {again:,} run again and {skipped:,} are left out (gaps of the log count)"
     tail = f": {plural(discarded, 'row')} done above the position run again" if discarded else ""
-    yield f"offset map discarded{tail}"
+    kept = any(move.kept_map for move in moves)
+    yield "offset map heeded: what is done gives no results again" if kept else f"offset map discarded{tail}"
     yield f"tables     {_tables(args, subject, moves)}"
     if again:
         sink = f" in {subject.sink} and {subject.session.dead_letters}" if subject.sink else ""
         yield f"results    those of rows that run again appear once more{sink}"
         yield "counts     rows, cost and tokens are sums: what runs again counts again"
+    if args.state == "rebuild":
+        yield "handlers   are called for all of these rows, and paid, but where a cache has the answer"
+        yield from _warnings(moves)
+
+
+def _warnings(moves: Sequence[Move]) -> Iterator[str]:
+    """Rows that the tables may have been made from, and that nobody has any more."""
+    short = [move for move in moves if move.lost and move.to is not None]
+    if short:
+        places = ", ".join(f"{move.tp} begins at {move.lost:,}" for move in short[:3])
+        more = f" and {len(short) - 3:,} more begin later than at 0" if len(short) > 3 else ""
+        yield f"WARNING    {places}{more}: what older rows wrote to tables is lost"
 
 
 def _tables(args: argparse.Namespace, subject: _Subject, moves: Sequence[Move]) -> str:
     if subject.tables is not None and not subject.tables:
         return "the pipeline has none"
-    if args.state == "reset":
+    if args.state != "keep":
         entries = sum(move.entries or 0 for move in moves)
-        return f"emptied in these partitions: {entries:,} {'entry' if entries == 1 else 'entries'}"
+        emptied = f"emptied in these partitions: {entries:,} {'entry' if entries == 1 else 'entries'}"
+        return f"{emptied}; then made again" if args.state == "rebuild" else emptied
     names = f" ({', '.join(subject.tables)})" if subject.tables else ""
     return f"kept as they are{names}: rows that run again write to them again"
 
 
-def _print_json(args: argparse.Namespace, subject: _Subject, moves: Sequence[Move], failed: dict[str, str]) -> None:
+def _print_json(
+    args: argparse.Namespace,
+    subject: _Subject,
+    moves: Sequence[Move],
+    failed: dict[str, str],
+    standstill: Standstill,
+) -> None:
     from ...state.codec import dumps
 
     print(
@@ -329,9 +400,12 @@ def _print_json(args: argparse.Namespace, subject: _Subject, moves: Sequence[Mov
                 "broker": shown_broker(args),
                 "executed": bool(args.execute),
                 "state": args.state,
+                "workers": standstill.members,
+                "paused": standstill.is_paused,
                 "sink": subject.sink,
                 "run_again": sum(move.run_again for move in moves),
                 "skipped": sum(move.skipped for move in moves),
+                "rebuilt": sum(move.rebuilt for move in moves),
                 "partitions": [_move_json(move) for move in moves],
                 "failed": failed,
             }
@@ -350,6 +424,9 @@ def _move_json(move: Move) -> dict[str, Any]:
         "discarded_from_map": move.discarded,
         "table_entries": move.entries,
         "moved_before": move.done,
+        "rebuilds_from": move.rebuilds_from,
+        "rebuilt": move.rebuilt,
+        "lost": move.lost,
         "note": move.note,
     }
 
@@ -358,7 +435,7 @@ def _move_json(move: Move) -> dict[str, Any]:
 
 
 def _check_side(args: argparse.Namespace, asked: Sequence[str]) -> None:
-    from ..session import LIVE, check_name
+    from ..session import LIVE, check_new_session
 
     if asked:
         raise ConfigError("--side", True, "it runs a range: give --from and --until instead of where to go")
@@ -368,7 +445,7 @@ def _check_side(args: argparse.Namespace, asked: Sequence[str]) -> None:
         raise ConfigError("--state", args.state, "a side session has tables of its own, which begin empty")
     if args.source:
         raise ConfigError("--source", args.source[0], "--side runs the pipeline: PIPELINE is where it is defined")
-    if args.session is not None and check_name("--session", args.session) == LIVE:
+    if args.session is not None and check_new_session("--session", args.session) == LIVE:
         raise ConfigError("--session", LIVE, "this is the session that reads the source topics; choose another name")
 
 
@@ -390,15 +467,14 @@ class _Job:
 
 
 def _side(args: argparse.Namespace) -> int:
-    import asyncio
-
     from ..errors import BrokerError, RowFailedError, StalledError
+    from ..loops import run_here
 
     job = _prepare(args)
     say(f"session {job.session.id} on {shown_broker(args)}", quiet=args.quiet)
     try:
         with counted_progress(job, job.session.id) as report:
-            outcome = asyncio.run(_run_side(job, report))
+            outcome = run_here(_run_side(job, report))
     except InterruptedError:
         _say_stopped(job)
         return job.caught.exit_code if job.caught else FAILED

@@ -131,10 +131,10 @@ def main(args: argparse.Namespace) -> int:
 
 def _check_options(args: argparse.Namespace) -> None:
     from ..outputs import check_output
-    from ..session import LIVE, check_name
+    from ..session import LIVE, check_new_session
 
     if args.session is not None:
-        check_name("--session", args.session)
+        check_new_session("--session", args.session)
     if args.input is not None and args.session == LIVE:
         raise ConfigError("--session", LIVE, "this is the session that reads the source topic; choose another name")
     if args.key is not None and args.input is None:
@@ -167,13 +167,12 @@ def _prepare(args: argparse.Namespace) -> _Job:
 
 def _run_to_end(job: _Job) -> RunOutcome | None:
     """The outcome, or None when a signal ended the run early."""
-    import asyncio
-
-    from ..errors import BrokerError, BrokerUnreachableError, RowFailedError, StalledError
+    from ..errors import BrokerError, BrokerUnreachableError, RowFailedError, SessionCancelledError, StalledError
+    from ..loops import run_here
 
     try:
         with counted_progress(job, job.pipeline.name) as report:
-            return asyncio.run(_attempt(job, report))
+            return run_here(_attempt(job, report))
     except InterruptedError:
         say(f"stopped after {plural(job.done, 'row')}; everything done is kept. To go on:\n  {job.again}")
         if job.args.json:
@@ -181,6 +180,11 @@ def _run_to_end(job: _Job) -> RunOutcome | None:
         return None
     except BrokerUnreachableError:
         raise  # nothing began
+    except SessionCancelledError:
+        say(f"cancelled after {plural(job.done, 'row')}; everything done is kept. To go on:\n  {job.again}")
+        if job.args.json:
+            _print_json(job, {"status": "cancelled", "session": job.session.id, "rows_here": job.done})
+        raise
     except (BrokerError, StalledError, RowFailedError):
         say(f"stopped after {plural(job.done, 'row')}; everything done is kept. To go on:\n  {job.again}")
         if job.args.json:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
 from .connect import connected, shown_broker
+from .logs import add_fields
 from .output import plural, say
 from .parser import (
     DEFAULTS,
@@ -26,7 +29,7 @@ if TYPE_CHECKING:
     from ..options import WorkerOptions
     from ..pipeline import Pipeline
     from ..session import Session
-    from ..worker import WorkerStats
+    from ..worker import Worker, WorkerStats
 
 
 def add_parser(commands: Commands) -> None:
@@ -77,6 +80,11 @@ def add_parser(commands: Commands) -> None:
         help="at-least-once sends results as rows complete, for latency; after a crash some come again "
         "(default: %(default)s)",
     )
+    parser.add_argument(
+        "--http",
+        metavar="[HOST:]PORT",
+        help="serve /live, /ready and /metrics there, only on this machine unless HOST says otherwise; 0: a free port",
+    )
     add_state_dir(parser)
     add_max_deaths(parser)
     parser.add_argument(
@@ -90,18 +98,18 @@ def add_parser(commands: Commands) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Work until a signal or an error."""
-    import asyncio
-
     from ...handlers.capture import install
-    from ..session import LIVE, Session
+    from ..loops import run_here
+    from ..session import LIVE, Session, check_new_session
     from .load import load_pipeline
 
     install()  # log records of handlers tell their rows, for whatever format the pipeline's file sets up
     pipeline = load_pipeline(args.pipeline)
     pipeline.chain()
-    session = Session(pipeline.name, args.session or LIVE)
+    session = Session(pipeline.name, check_new_session("--session", args.session or LIVE))
+    _check_address(args.http)
     options = _options(args)
-    asyncio.run(connected(args.broker, lambda broker: _serve(args, broker, pipeline, session, options)))
+    run_here(connected(args.broker, lambda broker: _serve(args, broker, pipeline, session, options)))
     return 0
 
 
@@ -129,6 +137,7 @@ async def _serve(
     from .signals import orderly_stop
 
     worker = Worker(pipeline, broker, session=session, options=options)
+    add_fields(pipeline=pipeline.name, session=session.id, worker=worker.name)
 
     note = "" if args.quiet else "stopping: rows in work are finished and committed (once more: stop at once)"
     sources = ", ".join(session.source(topic) for topic in pipeline.sources)
@@ -137,15 +146,42 @@ async def _serve(
         quiet=args.quiet,
     )
     try:
-        with orderly_stop(worker.stop, note):
-            await worker.run()
+        async with _health(args, worker):
+            with orderly_stop(worker.stop, note):
+                await worker.run()
     finally:
-        say(f"stopped: {_counts(worker.stats)}", quiet=args.quiet)
+        say(f"{'cancelled' if worker.was_cancelled else 'stopped'}: {_counts(worker.stats)}", quiet=args.quiet)
+
+
+def _check_address(address: str | None) -> None:
+    """Refuse a typo before anything is connected."""
+    if address is not None:
+        from ..health import parse_address
+
+        parse_address(address)
+
+
+@asynccontextmanager
+async def _health(args: argparse.Namespace, worker: Worker) -> AsyncIterator[None]:
+    """While the block runs, answer whoever asks how the worker is, where that was asked for."""
+    if args.http is None:
+        yield
+        return
+    from ...state.clock import SystemClock
+    from ..health import HealthServer
+
+    server = HealthServer(worker, args.http, clock=SystemClock())
+    say(f"health and metrics on {await server.start()}", quiet=args.quiet)
+    try:
+        yield
+    finally:
+        await server.close()
 
 
 def _counts(stats: WorkerStats) -> str:
     return (
         f"{plural(stats.rows, 'row')} in, {plural(stats.results, 'result')} out, {stats.dropped:,} dropped, "
+        f"{f'{stats.rebuilt:,} for tables only, ' if stats.rebuilt else ''}"
         f"{f'{stats.skipped:,} skipped, ' if stats.skipped else ''}"
         f"{f'{stats.defaulted:,} with fallback, ' if stats.defaulted else ''}"
         f"{plural(stats.dead_letters, 'dead letter')}, in {plural(stats.transactions, 'transaction')}"

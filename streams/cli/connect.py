@@ -17,9 +17,9 @@ CALL_SECONDS = 30.0
 
 def shown_broker(args: argparse.Namespace) -> str:
     """The broker's URL as it was given or fell back to, without settings (some of them name files of secrets)."""
-    from ..brokers.open import broker_url
+    from ..brokers.open import broker_url, shown_url
 
-    return broker_url(args.broker).partition("?")[0]
+    return shown_url(broker_url(args.broker).partition("?")[0])
 
 
 def broker_words(args: argparse.Namespace) -> list[str]:

@@ -9,13 +9,43 @@ from collections.abc import Sequence
 
 from ... import __version__
 from ...state.errors import ConfigError, RowmillError
-from . import cmd_consume, cmd_diff, cmd_dlq, cmd_doctor, cmd_publish, cmd_replay, cmd_run, cmd_topics, cmd_worker
-from .logs import set_up_logging
+from . import (
+    cmd_cancel,
+    cmd_checkpoints,
+    cmd_consume,
+    cmd_diff,
+    cmd_dlq,
+    cmd_doctor,
+    cmd_pause,
+    cmd_publish,
+    cmd_replay,
+    cmd_resume,
+    cmd_run,
+    cmd_status,
+    cmd_topics,
+    cmd_worker,
+)
+from .logs import in_json, set_up_logging
 from .output import reader_has_left, say
 from .parser import USAGE, Commands, Parser, add_verbosity, did_you_mean
-from .signals import StoppedError
+from .signals import StoppedError, leave_threads_behind
 
-COMMANDS = (cmd_run, cmd_worker, cmd_replay, cmd_diff, cmd_publish, cmd_consume, cmd_topics, cmd_dlq, cmd_doctor)
+COMMANDS = (
+    cmd_run,
+    cmd_worker,
+    cmd_status,
+    cmd_pause,
+    cmd_resume,
+    cmd_cancel,
+    cmd_replay,
+    cmd_diff,
+    cmd_dlq,
+    cmd_checkpoints,
+    cmd_publish,
+    cmd_consume,
+    cmd_topics,
+    cmd_doctor,
+)
 """In the order of the help text."""
 
 _EPILOG = """\
@@ -27,6 +57,13 @@ exit codes:
 
 example:
   rowmill run reviews.py --input reviews.csv --output scored.parquet"""
+
+
+def entry() -> int:
+    """The console script."""
+    code = main()
+    leave_threads_behind(code)
+    return code
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -46,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         args = _parse(words)
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else USAGE
-    set_up_logging(args.verbose, quiet=args.quiet)
+    set_up_logging(args.verbose, quiet=args.quiet, form=args.log_format)
     try:
         code = args.main(args)
         sys.stdout.flush()
@@ -60,7 +97,7 @@ def _explain(error: BaseException) -> int:
     if isinstance(error, BrokenPipeError) and reader_has_left():
         return 0  # whoever read our output has seen enough
     if isinstance(error, RowmillError):
-        say(f"rowmill: error: {error}")
+        say(f"rowmill: error: {error}", level="error")
         return USAGE if _is_usage(error) else 1
     if isinstance(error, StoppedError):
         say(f"rowmill: interrupted: {error}")
@@ -68,8 +105,10 @@ def _explain(error: BaseException) -> int:
     if isinstance(error, KeyboardInterrupt):
         say("rowmill: interrupted")
         return 130
-    traceback.print_exception(error)
-    say(f"rowmill: error: this is a bug in rowmill {__version__}; please report it with the lines above")
+    if not in_json():
+        say("".join(traceback.format_exception(error)).rstrip())
+    bug = f"rowmill: error: this is a bug in rowmill {__version__}; please report it with its traceback"
+    say(bug, level="error", bug=error)
     return 1
 
 
@@ -79,7 +118,7 @@ def build_parser() -> Parser:
         prog="rowmill",
         description="Run row pipelines as event-driven stream processors.",
         epilog=_EPILOG,
-        usage="rowmill [-v | -q] COMMAND …",
+        usage="rowmill [-v | -q] [--log-format F] COMMAND …",
     )
     parser.add_argument("--version", action="version", version=f"rowmill {__version__}")
     add_verbosity(parser)
@@ -93,8 +132,9 @@ def build_parser() -> Parser:
 
 def _parse(words: Sequence[str]) -> argparse.Namespace:
     parser = build_parser()
-    # Options before the command take no value, so the first word without a dash is the command.
-    command = next((word for word in words if not word.startswith("-")), None)
+    # Of the options before the command only one takes a value, so the first other word without a dash is the command.
+    pairs = zip(["", *words], words, strict=False)
+    command = next((word for before, word in pairs if word[:1] != "-" and before != "--log-format"), None)
     names = [module.__name__.rpartition("cmd_")[2] for module in COMMANDS]
     if command is not None and command not in names:
         hint = did_you_mean(command, names) or f"; commands are {', '.join(names)}"

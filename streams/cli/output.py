@@ -9,11 +9,16 @@ import shutil
 import sys
 from collections.abc import Iterable, Sequence
 
+from .logs import in_form, masked
 
-def say(text: str, *, quiet: bool = False) -> None:
-    """A line for the person, on standard error: standard output is for results only."""
+
+def say(text: str, *, quiet: bool = False, level: str = "info", bug: BaseException | None = None) -> None:
+    """A line for the person, on standard error: standard output is for results only.
+
+    With ``--log-format json`` it is a JSON object like the lines of the log, of that level, with a bug's traceback.
+    """
     if not quiet:
-        print(text, file=sys.stderr, flush=True)
+        print(in_form(masked(text), level=level, error=bug), file=sys.stderr, flush=True)
 
 
 def write_line(text: bytes, *, flush: bool = False) -> None:

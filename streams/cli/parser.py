@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NoReturn, TypeAlias
 
 from ..options import WorkerOptions
+from .logs import FORMS, masked
 
 Commands: TypeAlias = "argparse._SubParsersAction[Parser]"  # noqa: SLF001 - argparse has no public name for it
 Main: TypeAlias = Callable[[argparse.Namespace], int]
@@ -30,7 +31,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Say what is wrong, and where help is."""
-        self.exit(USAGE, f"rowmill: error: {message}\ntry: {self.prog} --help\n")
+        self.exit(USAGE, f"rowmill: error: {masked(message)}\ntry: {self.prog} --help\n")
 
     def parse(self, words: Sequence[str]) -> argparse.Namespace:
         """The arguments of the command named in ``words``.
@@ -87,13 +88,19 @@ def add_command(
 
 
 def add_verbosity(parser: argparse.ArgumentParser, *, default: Any = None) -> None:
-    """``-v`` and ``-q``; a command's own keep what was given before the command (``default=SUPPRESS``)."""
+    """``-v``, ``-q``, ``--log-format``; a command's own keep what was given before it (``default=SUPPRESS``)."""
     top = default is None
     parser.add_argument(
         "-v", "--verbose", action="count", default=0 if top else default, help="log what happens (-vv: in detail)"
     )
     parser.add_argument(
         "-q", "--quiet", action="store_true", default=False if top else default, help="print errors and results only"
+    )
+    parser.add_argument(
+        "--log-format",
+        choices=FORMS,
+        default="text" if top else default,
+        help="json: one JSON object per line for all that is said on standard error (default: text)",
     )
 
 

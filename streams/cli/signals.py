@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
+import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 
+from .logs import in_form, in_json
+
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_THREAD_SECONDS = 1.0
 
 
 class Caught:
@@ -53,7 +58,7 @@ def orderly_stop(stop: Callable[[], None], note: str = "") -> Iterator[Caught]:
         caught.signal = number
         if note:
             # Not by print: the signal may have come in the middle of one, and a blocked loop could not say it.
-            os.write(2, f"\n{note}\n".encode())
+            os.write(2, f"{in_form(note) if in_json() else chr(10) + note}\n".encode())
         loop.call_soon_threadsafe(stop)
 
     for number in _SIGNALS:
@@ -66,3 +71,16 @@ def orderly_stop(stop: Callable[[], None], note: str = "") -> Iterator[Caught]:
     finally:
         for number in _SIGNALS:
             loop.remove_signal_handler(number)
+
+
+def leave_threads_behind(exit_code: int) -> None:
+    """End the process now if some thread that a handler has started does not end: Python would wait for it for ever."""
+    for thread in threading.enumerate():
+        if thread.daemon or thread is threading.current_thread():
+            continue
+        thread.join(_THREAD_SECONDS)
+        if thread.is_alive():
+            for stream in (sys.stdout, sys.stderr):
+                with suppress(OSError, ValueError):
+                    stream.flush()
+            os._exit(exit_code)

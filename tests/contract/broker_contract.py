@@ -684,6 +684,39 @@ class BrokerContract:
             assert listener.lost == [frozenset(tps)]
             await member.close()
 
+    async def test_members_of_a_group(self, broker: Broker, tps: list[TopicPartition], topic: str) -> None:
+        """A group's member is told with its partitions while it is in, also to others; nobody before and after."""
+        group, listener = f"{topic}-g", Listener()
+        assert await broker.members(group) == []
+        member = broker.member(group, [topic])
+        try:
+            async with asyncio.timeout(DEADLINE):
+                await member.join(listener)
+                await listener.told.wait()
+                while not (known := await broker.members(group)) or not known[0].partitions:
+                    await asyncio.sleep(0.05)
+                assert [each.partitions for each in known] == [frozenset(tps)]
+                assert known[0].id
+                assert known[0].client
+                assert known[0].host
+                assert await broker.members(f"{group}-other") == []
+                await member.leave()
+                while await broker.members(group):
+                    await asyncio.sleep(0.05)
+        finally:
+            await member.close()
+
+    async def test_group_without_members(self, broker: Broker, tps: list[TopicPartition], topic: str) -> None:
+        """A group that only has offsets has no members, and is no error."""
+        producer = broker.transactional_producer(f"{topic}-id")
+        await producer.start()
+        await producer.begin()
+        await producer.commit_offsets(f"{topic}-g", {tps[0]: Committed(3)})
+        await producer.end()
+        await producer.close()
+        assert f"{topic}-g" in await broker.groups()
+        assert await broker.members(f"{topic}-g") == []
+
     async def test_revoked_can_still_commit(
         self, broker: Broker, tps: list[TopicPartition], transactional: Owners, topic: str
     ) -> None:
@@ -761,6 +794,8 @@ class SharedGroupContract(BrokerContract):
                 one.told.clear()
                 await second.join(two)
                 while one.owned | two.owned != frozenset(tps) or not two.owned or one.owned & two.owned:
+                    await asyncio.sleep(0.05)
+                while frozenset(m.partitions for m in await broker.members(f"{topic}-g")) != {one.owned, two.owned}:
                     await asyncio.sleep(0.05)
             assert one.lost == [frozenset(tps)]
             assert one.consecutive == [False, True]

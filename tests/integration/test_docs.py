@@ -51,3 +51,11 @@ def test_the_page_of_handlers(name: str, tmp_path: Path) -> None:
     said = PRINTED.findall(program)
     assert program.count("print(") == len(said)
     assert output_of(program, name, tmp_path).splitlines() == said
+
+
+def test_the_page_of_sessions(tmp_path: Path) -> None:
+    """docs/sessions.md prints line by line what stands behind its calls of print."""
+    program = programs_of("docs/sessions.md")["page.py"]
+    said = PRINTED.findall(program)
+    assert program.count("print(") == len(said)
+    assert output_of(program, "page.py", tmp_path).splitlines() == said

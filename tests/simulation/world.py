@@ -388,6 +388,7 @@ class World:
             clock=staff.clock,
             stores=SimStores(staff.disk, self._writing),
             pool=cast(BlockingPool, staff.pool),
+            steered=False,
         )
         if staff.is_leaving:
             worker.stop()

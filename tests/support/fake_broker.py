@@ -20,6 +20,7 @@ from rowmill.streams.brokers.base import (
     Broker,
     BrokerInfo,
     Member,
+    MemberInfo,
     Moment,
     Producer,
     Reader,
@@ -320,6 +321,10 @@ class FakeBroker(Broker):
     async def groups(self) -> list[str]:
         return sorted({*self.group_offsets, *(group for group, members in self._members.items() if members)})
 
+    async def members(self, group: str) -> list[MemberInfo]:
+        members = self._members.get(group, [])
+        return [MemberInfo(f"{group}-{i}", "fake", "fake", member.owned) for i, member in enumerate(members)]
+
     async def delete_groups(self, names: Collection[str]) -> None:
         for name in names:
             self.group_offsets.pop(name, None)
@@ -445,8 +450,8 @@ class FakeBroker(Broker):
             everything = [tp for topic in member.topics for tp in self.partitions(topic)]
             member.take(frozenset(everything[number :: len(members)]), self._generation)
 
-    def members(self, group: str) -> list[FakeMember]:
-        """The group's members."""
+    def joined(self, group: str) -> list[FakeMember]:
+        """The group's members themselves."""
         return self._members.get(group, [])
 
 

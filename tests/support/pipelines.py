@@ -119,3 +119,27 @@ def survive_plainly(row: dict[str, Any]) -> dict[str, Any]:
     if row["n"] == 13:
         os._exit(9)
     return row
+
+
+minute = Pipeline(NAME, source=NAME, sink=f"{NAME}.out")
+
+
+@minute.stage(concurrency=40)
+async def take_a_minute(row: dict[str, Any]) -> dict[str, Any]:
+    """From the 20th row on it takes a minute: half of these as a coroutine, half as a blocking call that none stops."""
+    called(row)
+    if row["n"] >= 30:
+        await asyncio.sleep(60)
+    elif row["n"] >= 20:
+        await asyncio.to_thread(time.sleep, 60)
+    return row
+
+
+quick = Pipeline(NAME, source=NAME, sink=f"{NAME}.out")
+
+
+@quick.stage(name="take_a_minute")
+async def at_once(row: dict[str, Any]) -> dict[str, Any]:
+    """The same stage, mended."""
+    called(row)
+    return row

@@ -25,6 +25,9 @@ ADAPTERS = {
     "marshal": set(),
     "shelve": set(),
     "faust": set(),
+    "aiohttp": {"streams/health.py"},
+    "prometheus_client": {"streams/metrics.py"},
+    "opentelemetry": {"streams/tracing.py"},
     "rocksdict": {"state/rocksdb.py"},
 }
 """Which files may import what, outside of TYPE_CHECKING. A pattern is one adapter that has outgrown one file."""

@@ -7,7 +7,7 @@ from decimal import Decimal
 from typing import Any
 
 import pytest
-from rowmill.handlers.costs import MOST_NAMES, OTHERS, CostEntry, CostTracker, StageCost
+from rowmill.handlers.costs import MOST_NAMES, OTHERS, RECENT_ENTRIES, CostEntry, CostTracker, StageCost
 from rowmill.state.codec import dumps, loads
 from rowmill.state.errors import ConfigError
 
@@ -64,19 +64,27 @@ def test_memory_is_bounded() -> None:
 
 
 def test_threads() -> None:
-    """Eight threads add at once, and nothing is missing."""
+    """Eight threads add at once, and nothing is missing; whoever reads meanwhile finds sums that fit together."""
     costs = CostTracker()
+    together = threading.Barrier(9)
 
     def add(name: str) -> None:
+        together.wait(10)
         for _ in range(500):
             costs.add(name, "0.001", tokens_in=2)
 
     threads = [threading.Thread(target=add, args=(f"stage-{n % 2}",)) for n in range(8)]
     for thread in threads:
         thread.start()
+    together.wait(10)
+    while any(thread.is_alive() for thread in threads):
+        found = costs.to_dict()
+        assert sum(stage["calls"] for stage in found["stages"].values()) == found["total"]["calls"]
+        assert sum(Decimal(stage["cost"]) for stage in found["stages"].values()) == Decimal(found["total"]["cost"])
     for thread in threads:
-        thread.join()
+        thread.join(10)
     assert costs.total == StageCost(4000, Decimal("4.000"), 8000, 0)
+    assert len(costs.entries) == RECENT_ENTRIES
     assert costs.get_stage_costs() == {"stage-0": Decimal("2.000"), "stage-1": Decimal("2.000")}
 
 

@@ -389,8 +389,8 @@ def test_who_was_called_out_and_left_lets_the_next_one_go() -> None:
     assert virtual(work) == pytest.approx(1, abs=0.001)
 
 
-def test_draining_gives_up_those_who_wait_for_too_long() -> None:
-    """When the session ends, rows whose turn comes soon are still done; the others are given up."""
+def test_draining_gives_up_those_who_wait_for_their_turn() -> None:
+    """When the session ends, rows that had no call yet are given up, however soon their turn is; none is left over."""
 
     async def work() -> tuple[list[int], list[int]]:
         runtime, done, given_up = virtual_runtime(), list[tuple[int, float]](), list[int]()
@@ -405,7 +405,7 @@ def test_draining_gives_up_those_who_wait_for_too_long() -> None:
 
     done, given_up = virtual(work)
     assert done == list(range(len(done)))
-    assert 15 <= len(done) <= 21
+    assert 1 <= len(done) <= 2
     assert given_up == list(range(len(done), 100))
 
 

@@ -324,6 +324,41 @@ def test_an_observer_may_leave() -> None:
     assert (context.observers, last.seen) == ([last], [0.0])
 
 
+def test_a_dispatcher(caplog: pytest.LogCaptureFixture) -> None:
+    """It is told after the observers, of the very context; what it raises counts like an observer's error."""
+
+    class Passing:
+        """Notes the progress, and fails."""
+
+        def __init__(self) -> None:
+            self.seen: list[ExecutionContext] = []
+
+        def progress(self, context: ExecutionContext) -> None:
+            self.seen.append(context)
+            raise ValueError("no")
+
+    passing, watcher = Passing(), Watcher()
+    context = ExecutionContext(total_rows=1, observers=[watcher], observer_dispatcher=passing)
+    context.notify_progress()
+    context.notify_progress()
+    assert passing.seen == [context, context]
+    assert (watcher.seen, context.observer_errors) == ([0.0, 0.0], 2)
+    (record,) = caplog.records
+    assert "Passing failed; its next failures are only counted" in record.getMessage()
+
+
+def test_names_are_for_people() -> None:
+    """Names of pipeline, session and worker are neither compared nor stored, and a merged view has the first's."""
+    one = ExecutionContext(pipeline_name="p", session_name="live", worker_name="w")
+    two = replace(one, worker_name="x")
+    assert one == two
+    assert one.to_checkpoint() == two.to_checkpoint()
+    again = ExecutionContext.from_checkpoint(one.to_checkpoint())
+    assert (again.pipeline_name, again.session_name, again.worker_name) == ("", "", "")
+    merged = ExecutionContext.merge([one, two])
+    assert (merged.pipeline_name, merged.session_name, merged.worker_name) == ("p", "live", "w")
+
+
 @given(contexts)
 def test_round_trip(context: ExecutionContext) -> None:
     """A checkpoint has the twelve keys, survives JSON, and gives back an equal context and itself again."""

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from rowmill import ConfigError, ExecutionContext, ExecutionResult, Pipeline, ProcessingStats
 from rowmill.handlers.stage import make_stage
-from rowmill.state.context import ExecutionObserver
+from rowmill.state.context import ProgressObserver
 from rowmill.streams.executors import AsyncExecutor, ExecutionStrategy, StreamingExecutor, SyncExecutor, _Progress
 from rowmill.streams.results import CostEstimate
 
@@ -27,7 +27,7 @@ def plain(row: Any) -> Any:
     return row
 
 
-class Seen(ExecutionObserver):
+class Seen(ProgressObserver):
     """Keeps what it was told."""
 
     def __init__(self) -> None:

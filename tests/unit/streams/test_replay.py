@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 from collections.abc import Mapping
+from dataclasses import replace
+from datetime import UTC, datetime
+from decimal import Decimal
 from typing import Any
 
 import pytest
@@ -34,7 +38,8 @@ from rowmill.streams.offset_times import (
     parse_shift,
     parse_topics,
 )
-from rowmill.streams.offsets import OffsetMap, encode_map
+from rowmill.streams.offsets import OffsetMap, decode_map, encode_map
+from rowmill.streams.rebuild import standing
 from rowmill.streams.replay import Replay, Target
 from rowmill.streams.side_replay import Asked, EarlyEnd, open_range, stored_range
 from rowmill.streams.transaction import Transactor
@@ -378,6 +383,22 @@ async def test_an_execution_that_was_interrupted(monkeypatch: pytest.MonkeyPatch
     assert moved == ({0: 0, 1: 7, 2: 0, 3: 0} if target.how == "shift" else dict.fromkeys(range(4), 3))
 
 
+async def test_another_session() -> None:
+    """A session that reads the same sources can be moved as well; an unknown one, or a side replay, is none."""
+    broker, other = broker_with(4, Committed(3)), Session("p", "b")
+    moving = Replay(broker, other, ["in"], Target("earliest"))
+    for act in (moving.plan, moving.execute):
+        with pytest.raises(SessionError, match="no session 'b'"):
+            await act()
+    broker.group_offsets[other.group] = {T("in", 0): Committed(2)}
+    assert [move.to for move in (await moving.execute()).moved] == [0]
+    assert broker.group_offsets[LIVE.group] == {T("in", 0): Committed(3)}
+    side = Session("p", "fix")
+    await open_range(broker, side, ["in"], Asked(text="x"), has_tables=False)
+    with pytest.raises(SessionError, match="side replay"):
+        await Replay(broker, side, ["in"], Target("earliest")).plan()
+
+
 async def test_one_partition_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     """The others move, and the failed one is told with its reason."""
     broker = broker_with(4, Committed(2), partitions=3)
@@ -410,6 +431,261 @@ async def test_a_note_whose_end_is_unknown(which: int, took_effect: bool) -> Non
     if which == 0 or not took_effect:
         assert not (await replaying(broker, Target("shift", -2)).execute()).failed
     assert broker.group_offsets[LIVE.group][T("in", 0)] == Committed(4)
+
+
+# --- tables made again -----------------------------------------------------------------------------------------
+
+
+def speaking() -> Pipeline:
+    """Counts rows in a table; odd ones are dropped, each third is emitted as well, each fifth fails."""
+    pipeline = Pipeline("p", source="in", sink="out", ordering="partition").table("counts")
+
+    @pipeline.stage
+    def number(row: dict[str, Any], ctx: Any) -> dict[str, Any] | None:
+        table = ctx.table("counts")
+        table.update("all", lambda count: (count or 0) + 1)
+        table.put(str(row["n"]), row["n"])
+        ctx.add_cost("0.5", tokens=2)
+        if row["n"] % 3 == 0:
+            ctx.emit("besides", {"n": row["n"]})
+        if row["n"] % 5 == 4:
+            raise ValueError("a fifth one")
+        return None if row["n"] % 2 else row
+
+    return pipeline
+
+
+def speaking_flow() -> Pipeline:
+    """The same, row by row."""
+    pipeline = Pipeline("p", source="in", sink="out", keys="text").table("counts")
+    [stage] = speaking().stages
+
+    async def number(row: dict[str, Any], ctx: Any) -> Any:
+        await asyncio.sleep(0)
+        return stage.handler(row, ctx)
+
+    pipeline.stage(number)
+    return pipeline
+
+
+async def work_on(pipeline: Pipeline, broker: FakeBroker, stores: MemoryStores, **options: Any) -> Worker:
+    """A live worker to the present end."""
+    worker = Worker(pipeline, broker, stores=stores, options=WorkerOptions(broker_timeout=5, **options))
+    worker.finish_at(await broker.offsets(broker.partitions("in"), "high_watermark"))
+    async with asyncio.timeout(20):
+        await worker.run()
+    return worker
+
+
+def outside(broker: FakeBroker) -> dict[str, list[tuple[int, bytes]]]:
+    """All that shows outside: where from, and what."""
+    topics = {}
+    for topic in ("out", "besides", "p.dlq"):
+        with contextlib.suppress(KeyError):
+            topics[topic] = [(_source_of(r), r.value or b"") for r in broker.records(topic)]
+    return topics
+
+
+def _source_of(record: Any) -> int:
+    headers = dict(record.headers)
+    source = headers.get("rowmill.source", b"///").decode().split("/")[2]
+    return int(source or headers["rowmill.error.offset"])
+
+
+def tables(broker: FakeBroker) -> dict[bytes, bytes]:
+    """The fold of the changelog, without the checkpoint."""
+    found: dict[bytes, bytes] = {}
+    for record in broker.records(CHANGELOG):
+        if record.key == CHECKPOINT_KEY:
+            continue
+        found.pop(record.key or b"", None)
+        if record.value is not None:
+            found[record.key or b""] = record.value
+    return found
+
+
+@pytest.mark.parametrize("target", [Target("offset", 7), Target("current"), Target("latest"), Target("earliest")])
+@pytest.mark.parametrize("make", [speaking, speaking_flow], ids=["lots", "flow"])
+@pytest.mark.parametrize("guarantee", ["exactly_once", "at_least_once"])
+async def test_tables_are_made_again(target: Target, make: Any, guarantee: Any) -> None:
+    """Rows before the target run for their tables and their cost alone; the tables end as those of a fresh run."""
+    broker, stores = broker_with(13), MemoryStores()
+    options = {"guarantee": guarantee, "create_topics": True}
+    await work_on(make(), broker, stores, **options)
+    broker.write(T("in", 0), *(dumps({"n": n}) for n in range(13, 20)))
+    before, first = outside(broker), last_record(broker)
+    [move] = await replaying(broker, target, state="rebuild").plan()
+    execution = await replaying(broker, target, state="rebuild").execute()
+    assert execution.moved == [move]
+    assert outside(broker) == before
+    worker = await work_on(make(), broker, MemoryStores(), **options)
+    to = move.to or 0
+    fresh = broker_with(20)
+    await work_on(make(), fresh, MemoryStores(), **options)
+    for topic, found in outside(broker).items():
+        expected = before[topic] + [each for each in outside(fresh)[topic] if each[0] >= to]
+        assert sorted(found) == sorted(expected), topic
+    assert tables(broker) == tables(fresh)
+    assert (worker.stats.rows, worker.stats.rebuilt, move.rebuilt) == (20 - to, to, to)
+    last, other = last_record(broker), last_record(fresh)
+    assert last.rebuild_until is None
+    assert last.agrees_with(Committed(20))
+    assert Decimal(last.context["accumulated_cost"]) == Decimal("0.5") * 33, "what runs again is paid again"
+    assert last.counts["rows"] == 13 + 20 - to
+    assert last.counts.get("rebuilt", 0) == to
+    assert last.counts["dead_letters"] == len(outside(broker)["p.dlq"])
+    assert last.counts["emitted"] == len(outside(broker)["besides"])
+    assert first.counts["results"] + other.counts["results"] >= last.counts["results"] == len(outside(broker)["out"])
+
+
+@pytest.mark.parametrize("make", [speaking, speaking_flow], ids=["lots", "flow"])
+async def test_rows_that_are_done_above_the_position(make: Any) -> None:
+    """Made again where nothing moves, they keep silent as well, and only what was never done gives results."""
+    broker = broker_with(10, MAP)
+    [move] = await replaying(broker, Target("current"), state="rebuild").plan()
+    assert (move.to, move.run_again, move.rebuilds_from, move.rebuilt) == (4, 0, 0, 7)
+    await replaying(broker, Target("current"), state="rebuild").execute()
+    await work_on(make(), broker, MemoryStores())
+    fresh = broker_with(10)
+    await work_on(make(), fresh, MemoryStores())
+    for topic, found in outside(fresh).items():
+        assert sorted(outside(broker)[topic]) == sorted(each for each in found if each[0] in {4, 7, 9}), topic
+    assert tables(broker) == tables(fresh)
+    assert last_record(broker).rebuild_until is None
+
+
+async def half_made(make: Any, broker: FakeBroker) -> CheckpointRecord:
+    """All 20 rows done, then made again up to 15, and stopped on the way."""
+    await work_on(make(), broker, MemoryStores())
+    await replaying(broker, Target("offset", 15), state="rebuild").execute()
+    options = WorkerOptions(broker_timeout=5, fetch_rows=2, buffer_rows=2, max_in_flight=2)
+    worker = Worker(make(), broker, stores=MemoryStores(), options=options)
+    worker.finish_at({T("in", 0): 5})
+    async with asyncio.timeout(20):
+        await worker.run()
+    record = last_record(broker)
+    assert 5 <= record.offset < 15
+    assert record.rebuild_until == 15
+    return record
+
+
+@pytest.mark.parametrize("make", [speaking, speaking_flow], ids=["lots", "flow"])
+async def test_another_worker_goes_on_making_tables(make: Any) -> None:
+    """What keeps silent is in every checkpoint: whoever takes the partition over knows it."""
+    broker = broker_with(20)
+    await half_made(make, broker)
+    before = {topic: [source for source, _ in found] for topic, found in outside(broker).items()}
+    await work_on(make(), broker, MemoryStores())
+    for topic, found in outside(broker).items():
+        again = [source for source, _ in found][len(before[topic]) :]
+        assert sorted(again) == sorted(source for source in before[topic] if source >= 15)
+    fresh = broker_with(20)
+    await work_on(make(), fresh, MemoryStores())
+    assert tables(broker) == tables(fresh)
+    assert last_record(broker).counts["rebuilt"] == 15
+
+
+async def test_moves_while_tables_are_half_made() -> None:
+    """The position is where results stand; to keep such tables is refused, to make them anew or empty them is not."""
+    broker = broker_with(20)
+    record = await half_made(speaking, broker)
+    with pytest.raises(ConfigError, match="rebuild or reset"):
+        await replaying(broker, Target("current")).plan()
+    failed = (await replaying(broker, Target("current")).execute()).failed
+    assert list(failed) == [T("in", 0)]
+    for state in ("rebuild", "reset"):
+        [move] = await replaying(broker, Target("current"), state=state).plan()
+        assert (move.before, move.to, move.run_again) == (record.offset, 15, 0)
+        [move] = await replaying(broker, Target("shift", -5), state=state).plan()
+        assert (move.to, move.run_again) == (10, 5)
+    await replaying(broker, Target("shift", -5), state="rebuild").execute()
+    assert (last_record(broker).rebuild_until, last_record(broker).offset) == (10, 0)
+    await replaying(broker, Target("current"), state="reset").execute()
+    assert (last_record(broker).rebuild_until, last_record(broker).offset) == (None, 10)
+
+
+async def test_a_shift_that_rebuilds_is_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Interrupted and run again, partitions that went back to their first row are known by where they are to go."""
+    broker = broker_with(10, Committed(6), partitions=4)
+    honest, commits = Transactor.commit, 0
+
+    async def dying(self: Any, *args: Any) -> Any:
+        nonlocal commits
+        commits += 1
+        if commits > 2:
+            raise BrokerError("killed")
+        return await honest(self, *args)
+
+    monkeypatch.setattr(Transactor, "commit", dying)
+    await replaying(broker, Target("shift", -2), state="rebuild").execute()
+    monkeypatch.undo()
+    plan = await replaying(broker, Target("shift", -2), state="rebuild").plan()
+    assert [(move.to, move.done) for move in plan] == [(4, True), (4, True), (4, False), (4, False)]
+    assert not (await replaying(broker, Target("shift", -2), state="rebuild").execute()).failed
+    assert {last_record(broker, partition).rebuild_until for partition in range(4)} == {4}
+
+
+async def test_rows_that_tables_cannot_be_made_from() -> None:
+    """A log that begins late is told; a pipeline that began at a moment makes its tables from there."""
+    broker = broker_with(10, Committed(8))
+    broker.truncate(T("in", 0), 4)
+    [move] = await replaying(broker, Target("current"), state="rebuild").plan()
+    assert (move.rebuilds_from, move.rebuilt, move.lost) == (4, 4, 4)
+    [move] = await replaying(broker_with(10, AT_6), Target("current"), state="rebuild").plan()
+    assert move.lost == 0
+    broker = FakeBroker()
+    broker.make("in")
+    for n in range(4):
+        broker.write(T("in", 0), dumps({"n": n}))  # at milliseconds that are their offsets
+    moment = datetime.fromtimestamp(0.001, UTC)
+    [move] = await replaying(broker, Target("latest"), state="rebuild", start=moment).plan()
+    assert (move.rebuilds_from, move.rebuilt) == (1, 3)
+
+
+async def test_a_row_that_kills_while_tables_are_made_again() -> None:
+    """It is given up as ever, and is no dead letter once more."""
+    broker = broker_with(3)
+    await work_on(speaking(), broker, MemoryStores())
+    await replaying(broker, Target("current"), state="rebuild").execute()
+    record = last_record(broker)
+    value = replace(record, starts={1: 3}, stopped=False, owner="dead").encode()
+    broker.write(T(CHANGELOG, 0), value, key=CHECKPOINT_KEY)
+    before = outside(broker)
+    await work_on(speaking(), broker, MemoryStores())
+    assert outside(broker) == before
+    assert last_record(broker).agrees_with(Committed(3))
+
+
+def test_an_older_rowmill_refuses_half_made_tables() -> None:
+    """Only while they are, the record has another version: before and after, older ones read it."""
+    plain = CheckpointRecord(5, 7, True, None, {"rows": 3}, {}, {}, "me", "first")
+    assert loads(plain.encode())["version"] == 1
+    assert "rebuild" not in loads(plain.encode())
+    half = replace(plain, rebuild_until=9, rebuild_map="AWIA")
+    assert loads(half.encode())["version"] == 2
+    assert CheckpointRecord.decode(half.encode()) == half
+    assert CheckpointRecord.decode(plain.encode()) == plain
+    with pytest.raises(CheckpointError, match="run a newer"):
+        CheckpointRecord.decode(half.encode().replace(b'"version":2', b'"version":3'))
+
+
+@pytest.mark.parametrize(
+    ("committed", "until", "offset_map", "expected"),
+    [
+        (Committed(2), 8, "", OffsetMap(8, 8, ())),
+        (Committed(9), 8, "", OffsetMap(9, 9, ())),
+        (Committed(2), 4, encode_map(OffsetMap(4, 9, (4, 7))), OffsetMap(4, 9, (4, 7))),
+        (Committed(5), 4, encode_map(OffsetMap(4, 9, (4, 7))), OffsetMap(7, 9, (7,))),
+        (Committed(7, encode_map(OffsetMap(7, 12, (7, 10)))), 8, "", OffsetMap(10, 12, (10,))),
+        (Committed(9), 4, encode_map(OffsetMap(4, 9, (4, 7))), OffsetMap(9, 9, ())),
+    ],
+)
+def test_where_results_stand(committed: Committed, until: int, offset_map: str, expected: OffsetMap) -> None:
+    """A row has had its results if either the commit or the one before the rebuild says so."""
+    record = CheckpointRecord(
+        committed.offset, 0, True, None, {}, {}, {}, "me", "", rebuild_until=until, rebuild_map=offset_map
+    )
+    assert standing(decode_map(committed), record) == expected
 
 
 # --- on the side -----------------------------------------------------------------------------------------------
@@ -534,8 +810,8 @@ def parse(*words: str) -> argparse.Namespace:
         (["--to-earliest"], "--source"),
         (["--to-earliest", "--from", "3"], "--from"),
         (["--to-earliest", "--no-cache"], "--no-cache"),
-        (["--to-earliest", "--session", "x"], "--session"),
-        (["--to-earliest", "--state", "rebuild"], "rebuild"),
+        (["--to-earliest", "--session", "a.b", "--source", "in"], "session"),
+        (["--state", "rebuild"], "--source"),
         (["--side", "--to-earliest"], "--side"),
         (["--side", "--execute"], "--execute"),
         (["--side", "--state", "reset"], "--state"),

@@ -55,7 +55,7 @@ class Bench:
     def worker(self, pipeline: Pipeline | None = None, clock: Clock | None = None, **options: Any) -> Worker:
         """A worker that is not running yet."""
         settings = WorkerOptions(**{**QUICK, **options})
-        return Worker(pipeline or pipeline_of(), self.broker, options=settings, clock=clock)
+        return Worker(pipeline or pipeline_of(), self.broker, options=settings, clock=clock, steered=False)
 
     @property
     def ends(self) -> dict[TopicPartition, int]:
@@ -107,7 +107,7 @@ async def test_to_the_end(bench: Bench) -> None:
     assert (stats.rows, stats.results, stats.dropped, stats.dead_letters, stats.emitted) == (150, 150, 0, 0, 0)
     assert stats.transactions == bench.broker.commits - len(bench.tps), "one more for each settled where it begins"
     assert stats.partitions == set(bench.tps)
-    assert bench.broker.members(GROUP) == []
+    assert bench.broker.joined(GROUP) == []
 
 
 async def test_nothing_left_to_do(bench: Bench) -> None:
@@ -286,7 +286,7 @@ async def test_cancelled(bench: Bench) -> None:
         run.cancel()
         with pytest.raises(asyncio.CancelledError):
             await run
-    assert bench.broker.members(GROUP) == []
+    assert bench.broker.joined(GROUP) == []
     await bench.finish()
     bench.exact()
 
@@ -358,7 +358,7 @@ async def test_two_workers_share(bench: Bench) -> None:
     runs = [asyncio.create_task(one.run())]
     await until(lambda: len(one._tasks) == 3)
     runs.append(asyncio.create_task(two.run()))
-    await until(lambda: len(bench.broker.members(GROUP)) == 2 and bool(one._tasks) and bool(two._tasks))
+    await until(lambda: len(bench.broker.joined(GROUP)) == 2 and bool(one._tasks) and bool(two._tasks))
     gate.set()
     stats = await asyncio.wait_for(asyncio.gather(*runs), 15)
     bench.exact()
@@ -372,7 +372,7 @@ async def test_the_other_worker_leaves(bench: Bench) -> None:
     one, two = bench.worker(), bench.worker()
     one.finish_at(ends)
     runs = [asyncio.create_task(worker.run()) for worker in (one, two)]
-    await until(lambda: len(bench.broker.members(GROUP)) == 2)
+    await until(lambda: len(bench.broker.joined(GROUP)) == 2)
     two.stop()
     await asyncio.wait_for(asyncio.gather(*runs), 15)
     bench.exact()
@@ -538,7 +538,7 @@ async def test_a_bug_reaches_the_caller(bench: Bench, monkeypatch: pytest.Monkey
     monkeypatch.setattr(bench.broker, "offsets", broken)
     with pytest.raises(ZeroDivisionError, match="a bug"):
         await bench.finish()
-    assert bench.broker.members(GROUP) == []
+    assert bench.broker.joined(GROUP) == []
 
 
 async def test_no_task_outlives_the_worker(bench: Bench) -> None:
