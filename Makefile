@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test unit simulate chaos lint format kafka clean
+.PHONY: help setup demo test unit simulate chaos bench lint format kafka clean
 
 help: ## list these targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -51,6 +51,9 @@ unit: setup ## the quick tests only
 
 chaos: setup ## break workers and Kafka on purpose, judge, and write docs/reliability.md (takes about 40 minutes)
 	$(BIN)/python -m tests.chaos
+
+bench: setup ## rowmill beside its peers, same work, same broker (1.5 to 2 hours): make bench ARGS="P1 --runs 7"
+	$(BIN)/python -m benchmarks $(ARGS)
 
 SEEDS ?= 300
 

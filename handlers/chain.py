@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from decimal import Decimal
 from itertools import repeat
 from typing import Any, cast
@@ -192,13 +192,19 @@ def _go_on(
 # --- stages that are awaited -----------------------------------------------------------------------------------
 
 
-async def run_lots(stage: Stage, rows: list[Outcome], contexts: Sequence[RowContext] | None, runtime: Runtime) -> None:
+async def run_lots(
+    stage: Stage,
+    rows: list[Outcome],
+    contexts: Sequence[RowContext] | None,
+    runtime: Runtime,
+    may_begin: Callable[[], bool] | None = None,
+) -> None:
     """Any one stage over these rows, one call after the other, in order; ``rows`` are replaced by their outcomes."""
     for lot in _lots(stage, rows, contexts):
         if not stage.is_policed:
             await _run_lot(lot, stage, runtime)
         elif stage.batch is not None:
-            await persist(runtime.policed(stage), Trial(lot))
+            await persist(runtime.policed(stage), Trial(lot), may_begin)
         else:
             lot.settle_with(await attempt(stage, *lot.only, runtime))
         if lot.halts():

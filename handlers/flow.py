@@ -426,11 +426,15 @@ class _PolicedLanes(_Lanes):
                     continue
                 try:
                     async with slots:
-                        outcome = await policed.step(trial)
+                        is_late = self._turns_back and not trial.attempts and flight.is_fresh
+                        outcome = None if is_late else await policed.step(trial)
                 except asyncio.CancelledError:
                     policed.abandon(trial)
                     raise
-                if isinstance(outcome, Pause):
+                if is_late:  # it ended while the row waited for the slot
+                    policed.abandon(trial)
+                    flow.give_up([flight])
+                elif isinstance(outcome, Pause):
                     flow.pause(flight, outcome, policed, self._come_back)
                 else:
                     flight.trial = None
@@ -543,11 +547,18 @@ class _Batches(_Segment):
     async def _call(self, lot: list[Flight]) -> None:
         values, contexts = _columns(lot)
         if self._stage.is_policed:  # holds a slot only while it calls
-            await run_lots(self._stage, values, contexts, self._runtime)
+            await run_lots(self._stage, values, contexts, self._runtime, lambda: not self._is_late(lot))
         else:
             async with self._slots:
+                if self._is_late(lot):
+                    self._flow.give_up(lot)
+                    return
                 await run_lots(self._stage, values, contexts, self._runtime)
         self._flow.give_up(_hand_on(lot, values, self._leave))
+
+    def _is_late(self, lot: Sequence[Flight]) -> bool:
+        """Whether it all ended while they waited for their call."""
+        return self._turns_back and all(flight.is_fresh for flight in lot)
 
 
 def _columns(lot: Sequence[Flight]) -> tuple[list[Outcome], list[RowContext] | None]:

@@ -10,7 +10,7 @@ from typing import Any, Final, Literal, TypeVar, overload
 from ..state.errors import ConfigError
 from ..state.model import Row
 from .context import RowContext
-from .errors import GraphError, StopExecution
+from .errors import GraphError, StageFailedError, StopExecution
 from .executors import BlockingPool
 from .graph_nodes import SPECIAL, Inputs, Names, Node, make_node
 from .graph_plan import Plan, make_plan
@@ -333,6 +333,8 @@ class Graph:
         run.join_effects(costs_only=True)
         if isinstance(halt.failure.error, StopExecution):
             raise halt.failure.error from None
+        if halt.failure.then == "stop":  # the session ends, or pauses, while a node waits: the row stays undone
+            raise StageFailedError(halt.failure, halt.failure.message)
         raise self._error(run) from halt.failure.error
 
     def _error(self, run: Run) -> GraphError:

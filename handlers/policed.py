@@ -11,7 +11,7 @@ limits, budget, time-out, the handler; then fallback and ``on_error``.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from copy import deepcopy
 from decimal import Decimal
 from typing import Any, NamedTuple, Protocol, cast
@@ -43,16 +43,21 @@ class Pause(NamedTuple):
         """Wait here, for those that have nothing better to do; False if the session ends first."""
         if not runtime.may_wait(self.seconds):
             return False
-        ending = asyncio.ensure_future(runtime.ending.wait())
         pause = asyncio.ensure_future(runtime.clock.sleep(self.seconds)) if self.seconds is not None else None
         waited = {future for future in (pause, self.until) if future is not None}
+        ending: asyncio.Future[Any] | None = None
         try:
-            await asyncio.wait({*waited, ending}, return_when=asyncio.FIRST_COMPLETED)
-            if not any(future.done() for future in waited) and runtime.may_wait(self.seconds):
+            while ending is None or not runtime.ending.is_set():  # again after an end that was called off
+                ending = asyncio.ensure_future(runtime.ending.wait())
+                await asyncio.wait({*waited, ending}, return_when=asyncio.FIRST_COMPLETED)
+                if any(future.done() for future in waited):
+                    return True
+            if runtime.may_wait(self.seconds):
                 await asyncio.wait(waited, return_when=asyncio.FIRST_COMPLETED)
             return any(future.done() for future in waited)
         finally:
-            ending.cancel()
+            if ending is not None:
+                ending.cancel()
             if pause is not None:
                 pause.cancel()
 
@@ -556,8 +561,11 @@ class Policed:
             trial.held = None
 
 
-async def persist(policed: Policed, trial: Trial) -> Outcome:
-    """Run a trial to its end, waiting here; a slot of the stage is held only during calls."""
+async def persist(policed: Policed, trial: Trial, may_begin: Callable[[], bool] | None = None) -> Outcome:
+    """Run a trial to its end, waiting here; a slot of the stage is held only during calls.
+
+    ``may_begin`` is asked before the first call, when the slot is there: without it the trial is given up.
+    """
     runtime, slots = policed.runtime, policed.runtime.slots(policed.stage)
     try:
         while True:
@@ -567,12 +575,13 @@ async def persist(policed: Policed, trial: Trial) -> Outcome:
                 return seen.outcome
             if seen is None:
                 async with slots:
-                    outcome = await policed.step(trial)
+                    is_late = may_begin is not None and not trial.attempts and not may_begin()
+                    outcome = Pause(None) if is_late else await policed.step(trial)
             else:
-                outcome = seen
+                outcome, is_late = seen, False
             if not isinstance(outcome, Pause):
                 return outcome
-            if not await outcome.wait(runtime):
+            if is_late or not await outcome.wait(runtime):
                 policed.abandon(trial)
                 return await trial.work.recover(given_up(policed.stage, trial.attempts), runtime)
     except BaseException:

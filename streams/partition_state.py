@@ -306,6 +306,15 @@ class PartitionState:
                 self.starts.pop(record.offset, None)
                 self._begun.discard(record.offset)
 
+    def take_back_starts(self, records: Sequence[Record]) -> None:
+        """These rows are given back: this time they have killed nobody; what they did before stands."""
+        for record in records:
+            if record.offset in self._begun:
+                self._begun.discard(record.offset)
+                left = self.starts.pop(record.offset) - 1
+                if left:
+                    self.starts[record.offset] = left
+
     def _starts_as_told(self, *, stopped: bool) -> dict[int, int]:
         """What the changelog is told: in an orderly end, rows that are left in work have killed nobody this time."""
         if not stopped:

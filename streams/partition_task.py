@@ -44,6 +44,7 @@ log = logging.getLogger(__name__)
 _FIRST_LOT = 64
 _SHORTEST_LOT_SECONDS = 0.02
 _FLOW_LOT = 200
+_BEGUN_LOTS = 1_000
 
 FlowMaker = Callable[[OnDone, Callable[[], None], OnGivenUp], Flow]
 """Makes a task's flow, given what is to be called with every row that is done, at an error of the flow's own, and with
@@ -366,7 +367,10 @@ class PartitionTask:
         low = self._tracker.low_watermark
         while self._begun and self._begun[0][0] <= low:
             self._begun.popleft()
-        self._begun.append((taken[-1].offset + 1, now))
+        end = taken[-1].offset + 1
+        if len(self._begun) >= _BEGUN_LOTS:  # one row holds up the low watermark: only its own moment matters now
+            self._begun = deque(list(self._begun)[::2])
+        self._begun.append((end, now))
         return now
 
     def _finish_lot(self, taken: Sequence[Record], effects: Effects) -> None:
@@ -462,7 +466,7 @@ class PartitionTask:
         self._flying_rows -= len(flights)
         self._flying_bytes -= size
         self._in_flight.end(len(flights), size)
-        self._state.forget_starts([flight.sender for flight in flights])
+        self._state.take_back_starts([flight.sender for flight in flights])
         self._room.set()
         if failure is not None:
             self._halt(failure)

@@ -519,6 +519,8 @@ class Processor:
         return row if store is None else materialize(row, self._pipeline.artifact_limit, store)
 
     def _emit(self, record: Record, emit: Emit, ordinal: int) -> tuple[TopicPartition, Outgoing]:
+        if emit.topic.startswith(RESERVED_PREFIX):
+            raise TopicError(f"topic {emit.topic!r}: topics that begin with {RESERVED_PREFIX!r} are rowmill's own")
         out = Outgoing(emit.key, encode(self._lightened(emit.row)), record.timestamp, emit.headers)
         return self._place(self._session.output(emit.topic), record, out, ordinal)
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Literal
 
+from ..handlers.executors import BlockingPool
 from ..handlers.frames import frame_of, is_frame, labels_at
 from ..handlers.observers import ExecutionObserver, ProgressBarObserver
 from ..handlers.outcomes import Failure
@@ -736,9 +737,11 @@ async def execution_result(outcome: RunOutcome, rows: Any, started: datetime) ->
         rows: as they were given; None for those of the source topics.
         started: when the call began.
     """
+    pool = BlockingPool(1)  # asyncio's own threads may all be held by handlers that were given up
     try:
-        data = await asyncio.to_thread(_data, outcome, rows)
+        data = await pool.run(_data, outcome, rows)
     finally:
+        pool.close()
         outcome.sorter.close()
     return _result(outcome, data, rows, started)
 

@@ -52,8 +52,8 @@ class WorkerSnapshot:
         state: what it does.
         at_ms: when this was taken.
         started_ms: when it started.
-        totals: what it committed since it started: rows, results, dropped, skipped, defaulted, dead_letters, emitted,
-            transactions, tokens (int), and cost (text).
+        totals: what it committed since it started: rows, rebuilt, results, dropped, skipped, defaulted, dead_letters,
+            emitted, transactions, tokens (int), and cost (text).
         in_flight: rows in work, in all partitions.
         in_flight_bytes: their values' bytes.
         commit_seconds: how long its last commit took; None before the first one.

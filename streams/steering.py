@@ -84,6 +84,8 @@ class Steering:
         self._watch = ControlWatch(broker, session.group, self._heard, clock=clock, timeout=timeout)
         self._events = EventPublisher(broker, session, worker, snapshot, clock=clock, create=create, timeout=timeout)
         self._tasks: set[asyncio.Task[None]] = set()
+        self._notes: set[asyncio.Task[None]] = set()
+        """Of these, what others need to know after the end."""
 
     @property
     def events_dropped(self) -> int:
@@ -113,9 +115,12 @@ class Steering:
         if record is not None:
             self._obey(record)
 
-    def _spawn(self, work: Any) -> None:
+    def _spawn(self, work: Any, into: set[asyncio.Task[None]] | None = None) -> None:
         task = asyncio.create_task(work)
         self._tasks.add(task)
+        if into is not None:
+            into.add(task)
+            task.add_done_callback(into.discard)
         task.add_done_callback(self._ended)
 
     def _ended(self, task: asyncio.Task[None]) -> None:
@@ -125,7 +130,7 @@ class Steering:
 
     def ends_at(self, ends: Mapping[TopicPartition, int]) -> None:
         """Note where the session is complete, for whoever looks at it later."""
-        self._spawn(note_ends(self._control, self._group, ends))
+        self._spawn(note_ends(self._control, self._group, ends), self._notes)
 
     async def close(self, failure: str) -> None:
         """Note why the worker failed, if it did, send what is queued, and let go, within seconds."""
@@ -133,8 +138,13 @@ class Steering:
             with contextlib.suppress(RowmillError, TimeoutError):
                 async with asyncio.timeout(_CLOSE_SECONDS):
                     await note_failure(self._control, self._group, failure)
-        for task in list(self._tasks):
+        if self._notes:
+            await asyncio.wait(self._notes, timeout=_CLOSE_SECONDS)
+        tasks = list(self._tasks)
+        for task in tasks:
             task.cancel()
+        if tasks:  # they let go of their producers, and the broker is closed after this
+            await asyncio.wait(tasks, timeout=_CLOSE_SECONDS)
         await to_the_end(self._watch.close())
         await self._events.close(self._snapshot())
         with contextlib.suppress(ValueError):

@@ -298,10 +298,11 @@ class Worker(AssignmentListener):
 
     def unpause(self) -> None:
         """Open the partitions again, and go on where they stand then: a replay may have moved them meanwhile."""
-        if self._may_work.is_set():
+        if self._may_work.is_set() or self._stopping:
             return
         log.info("resumed")
         self._runtime.go_on()
+        self._finished.clear()  # a replay may have moved what was complete
         self._may_work.set()
         self._runtime.tell(Event("resumed", "", {}))
 
@@ -558,8 +559,8 @@ class Worker(AssignmentListener):
             await asyncio.wait({former}, timeout=self.options.broker_timeout)
         patience = Patience(self._clock, self.options.stall_timeout)
         while True:
-            await self._stable.wait()
-            await self._rest_while_paused(tp)
+            if await self._until_it_may_work(tp):
+                patience = Patience(self._clock, self.options.stall_timeout)  # no time of a pause is trouble
             if self._stopping or self._epochs.get(tp) != epoch:
                 return
             task = self._make_task(tp)
@@ -572,9 +573,9 @@ class Worker(AssignmentListener):
                     self._known[tp] = (task.context, task.committed)
                 await to_the_end(task.close())
             if trouble is None:
-                if self._member is None:
+                if self._member is None or self._stopping:
                     return
-                continue  # paused, unless it is over
+                continue  # paused, or resumed since
             if patience.is_over(worked=task.has_committed):
                 self._fail(StalledError(f"{tp}: no progress for {self.options.stall_timeout:g} s: {trouble}"))
                 return
@@ -583,16 +584,23 @@ class Worker(AssignmentListener):
                 await self._set_aside(tp)
             await patience.pause()
 
-    async def _rest_while_paused(self, tp: TopicPartition) -> None:
-        """Nothing of the partition is open meanwhile: whoever wants may move it."""
-        if self._may_work.is_set():
-            return
-        self._resting.add(tp)
-        self._tell_if_paused()
-        try:
-            await self._may_work.wait()
-        finally:
-            self._resting.discard(tp)
+    async def _until_it_may_work(self, tp: TopicPartition) -> bool:
+        """Wait while the group rebalances, or the session is paused; tells whether it was.
+
+        Nothing of a paused partition is open: whoever wants may move it.
+        """
+        has_rested = False
+        await self._stable.wait()
+        while not self._may_work.is_set():
+            has_rested = True
+            self._resting.add(tp)
+            self._tell_if_paused()
+            try:
+                await self._may_work.wait()
+            finally:
+                self._resting.discard(tp)
+            await self._stable.wait()
+        return has_rested
 
     def _tell_if_paused(self) -> None:
         if self._is_at_rest and not self._stopping:
@@ -879,13 +887,13 @@ class Worker(AssignmentListener):
             return False
         self._finished |= {tp for tp, end in self._ends.items() if end == 0 or self._has_reached(tp, end)}
         missing = self._ends.keys() - self._finished
-        elsewhere = missing - self._owners.keys()
+        elsewhere = missing - (self._owners.keys() - self._resting)
         if elsewhere and self._clock.monotonic() - self._asked_elsewhere > _ELSEWHERE_SECONDS:
             await self._ask_elsewhere(elsewhere)
         return not missing - self._finished
 
     async def _ask_elsewhere(self, partitions: set[TopicPartition]) -> None:
-        """Partitions that other workers of the group own: only the broker knows how far they are."""
+        """Partitions that other workers own, or that are paused: only the broker knows how far they are."""
         self._asked_elsewhere = self._clock.monotonic()
         with contextlib.suppress(BrokerError):
             async with deadline(self.options.broker_timeout, "read the group's offsets"):
@@ -907,8 +915,10 @@ class Worker(AssignmentListener):
             return
         cancelled = asyncio.ensure_future(self._cancelling.wait())
         ends: set[asyncio.Future[Any]] = {asyncio.gather(*owners, return_exceptions=True), cancelled}
-        await asyncio.wait(ends, timeout=self.options.drain_timeout, return_when=FIRST_COMPLETED)
-        cancelled.cancel()
+        try:
+            await asyncio.wait(ends, timeout=self.options.drain_timeout, return_when=FIRST_COMPLETED)
+        finally:
+            cancelled.cancel()
         late = [owner for owner in owners if not owner.done()]
         if late:
             if not self.was_cancelled:

@@ -79,15 +79,14 @@ def _error_line(error: ErrorInfo) -> tuple[str, str, str, str]:
 
 
 def _next_commands(outcome: RunOutcome, output: str | None, broker_words: list[str]) -> list[str]:
-    topics = []
-    if outcome.results and output is None:
-        topics.append((outcome.topics["sink"], ""))
-    if outcome.failed:
-        topics.append((outcome.topics["dead_letters"], "--with-meta"))
-    topics += [(topic, "") for topic in sorted(outcome.side_topics)]
-    if not topics:
-        topics = [(outcome.topics["sink"], "")]
-    return [command("rowmill", "consume", topic, "--limit", "5", option, *broker_words) for topic, option in topics]
+    sink, dead_letters = outcome.topics["sink"], outcome.topics["dead_letters"]
+    looks = [("consume", sink)] if outcome.results and output is None else []
+    looks += [("dlq list", dead_letters)] if outcome.failed else []
+    looks += [("consume", topic) for topic in sorted(outcome.side_topics)]
+    return [
+        command("rowmill", *verb.split(), topic, "--limit", "5", *broker_words)
+        for verb, topic in looks or [("consume", sink)]
+    ]
 
 
 def summary_json(outcome: RunOutcome, pipeline: str, output: str | None, broker: str) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import signal
 import sys
@@ -74,13 +75,19 @@ def orderly_stop(stop: Callable[[], None], note: str = "") -> Iterator[Caught]:
 
 
 def leave_threads_behind(exit_code: int) -> None:
-    """End the process now if some thread that a handler has started does not end: Python would wait for it for ever."""
-    for thread in threading.enumerate():
-        if thread.daemon or thread is threading.current_thread():
-            continue
-        thread.join(_THREAD_SECONDS)
-        if thread.is_alive():
-            for stream in (sys.stdout, sys.stderr):
-                with suppress(OSError, ValueError):
-                    stream.flush()
-            os._exit(exit_code)
+    """See that the process ends soon, also if some thread that a handler has started does not.
+
+    Python ends as ever: idle threads of pools are told to, and what was registered with ``atexit`` runs. Only where it
+    still waits for a thread after a second the process ends at once.
+    """
+    watch = threading.Timer(_THREAD_SECONDS, _end_at_once, (exit_code,))
+    watch.daemon = True
+    atexit.register(watch.cancel)  # runs when all threads have ended, and before what others have registered
+    watch.start()
+
+
+def _end_at_once(exit_code: int) -> None:
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(exit_code)

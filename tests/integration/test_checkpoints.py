@@ -146,6 +146,11 @@ async def working(url: str, pipeline: Pipeline, session: Session, folder: Path) 
         task.result()
 
 
+async def has_worked(worker: Worker) -> bool:
+    """Whether it has committed all rows."""
+    return worker.stats.rows == len(ROWS) and worker.snapshot().in_flight == 0
+
+
 async def has_partitions(broker: Broker, group: str) -> bool:
     """Whether somebody serves the group."""
     return any(member.partitions for member in await broker.members(group))
@@ -311,6 +316,7 @@ def test_a_session_with_workers_is_refused(broker_url: str, name: str, tmp_path:
         publish_rows(broker_url, f"{name}.in", ROWS)
         busy = Session(name, "busy")
         async with working(broker_url, pipeline, busy, tmp_path) as worker, opened(broker_url) as broker:
+            await until(lambda: has_worked(worker))  # what it makes is there
             listed = await traces_of(broker, busy, tmp_path)
             assert listed.workers == 1
             with pytest.raises(GroupBusyError, match=f"{name}.busy"):

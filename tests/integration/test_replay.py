@@ -24,12 +24,9 @@ from rowmill.streams.replay import Replay, Target
 
 pytestmark = pytest.mark.timeout(180)
 
-ROWMILL = """
-import sys
-from rowmill.streams.cli import cmd_diff, cmd_replay, main
-main.COMMANDS = tuple(dict.fromkeys((*main.COMMANDS, cmd_replay, cmd_diff)))
-sys.exit(main.main(sys.argv[1:]))
-"""
+ROWMILL = "import sys; from rowmill.streams.cli.main import main; sys.exit(main())"
+EXAMPLE = Path(__file__).parents[2] / "examples" / "reviews.py"
+REVIEWS = EXAMPLE.parent / "data" / "reviews.csv"
 
 JOB = """
 import time
@@ -149,6 +146,37 @@ def test_the_second_half_after_a_fix(broker_url: str, name: str, tmp_path: Path)
     assert summary["rows"] == 200
     expected = [(n, 1) for n in range(400)] + [(n, 2) for n in range(200, 400)]
     assert versions(rows_of(broker_url, f"{name}.out")) == Counter(expected)
+
+
+def test_the_reviews_example(broker_url: str, name: str, tmp_path: Path) -> None:
+    """The example's second half again with another scorer: new results for those rows, the old ones for the rest."""
+    text = EXAMPLE.read_text(encoding="utf-8").replace('"reviews', f'"{name}')
+    (tmp_path / "example.py").write_text(text, encoding="utf-8")
+    lines = REVIEWS.read_text(encoding="utf-8").splitlines(keepends=True)
+    half = len(lines) // 2
+    for part, chosen in (("first", lines[1:half]), ("second", lines[half:])):
+        (tmp_path / f"{part}.csv").write_text("".join([lines[0], *chosen]), encoding="utf-8")
+    run(tmp_path, broker_url, "publish", name, "first.csv", "--key", "id")
+    time.sleep(0.05)
+    moment = datetime.now(UTC).isoformat(timespec="milliseconds")
+    time.sleep(0.05)
+    run(tmp_path, broker_url, "publish", name, "second.csv", "--key", "id")
+    run(tmp_path, broker_url, "run", "example.py", "-q")
+    old = {row["id"]: row for row in rows_of(broker_url, f"{name}.scored")}
+    published = [row["id"] for row in rows_of(broker_url, name)]
+    second = set(published) - {line.partition(",")[0] for line in lines[1:half]}
+
+    (tmp_path / "example.py").write_text(text.replace('["compound"]', '["compound"] * 10'), encoding="utf-8")
+    run(tmp_path, broker_url, "replay", "example.py", "--to-datetime", moment, "--execute")
+    run(tmp_path, broker_url, "run", "example.py", "-q")
+    found: dict[str, list[float]] = {}
+    for row in rows_of(broker_url, f"{name}.scored"):
+        found.setdefault(row["id"], []).append(row["score"])
+    assert 1_500 < len(second) < 2_200
+    assert found.keys() == old.keys()
+    for key, scores in found.items():
+        score = old[key]["score"]
+        assert sorted(scores) == sorted([score, score * 10] if key in second else [score])
 
 
 def test_by_name_and_from_a_file(broker_url: str, name: str, tmp_path: Path) -> None:

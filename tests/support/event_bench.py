@@ -21,7 +21,8 @@ from support.fake_broker import FakeBroker
 from support.virtual import virtual
 
 COUNTS = {
-    "rows": 1200, "results": 1180, "dropped": 12, "skipped": 0, "defaulted": 0, "dead_letters": 8, "emitted": 0
+    "rows": 1200, "results": 1180, "dropped": 12, "skipped": 0, "defaulted": 0, "dead_letters": 8, "emitted": 0,
+    "rebuilt": 0,
 }  # fmt: skip
 
 

@@ -90,7 +90,7 @@ def test_run_writes_the_results_and_a_summary(run: Run, here: Path) -> None:
     assert "output out.jsonl session s1 source topic reviews.s1 sink topic reviews.scored.s1" in words
     assert "side topic reviews.side.s1" in words
     assert re.search(r"1 score ValueError \w+\.py:\d+: cannot score �\[31mthis row", words)
-    assert "rowmill consume reviews.dlq.s1 --limit 5 --with-meta" in ran.err
+    assert "rowmill dlq list reviews.dlq.s1 --limit 5" in ran.err
 
 
 def test_the_summary_fits_eighty_columns(run: Run, here: Path) -> None:

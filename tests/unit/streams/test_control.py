@@ -755,7 +755,8 @@ async def test_records_deleted_under_the_watch() -> None:
     """Its place is not in the log any more: it begins with what is there."""
     broker = FakeBroker()
     put(broker, RECORD)
-    watch = ControlWatch(broker, GROUP, (told := []).append, clock=FakeClock())
+    told: list[SessionRecord | None] = []
+    watch = ControlWatch(broker, GROUP, told.append, clock=FakeClock())
     await watch.start()
     put(broker, PAUSED, RECORD, PAUSED)
     broker.truncate(TP, 3)

@@ -30,7 +30,7 @@ class Session:
             assert group == GROUP
             return [MemberInfo(str(n), "", "", frozenset()) for n in range(self.member_count)]
 
-        self.broker.members = told  # type: ignore[method-assign, assignment]
+        self.broker.members = told  # type: ignore[method-assign]
 
     def say(self, worker: str, state: str, skew_ms: int = 0, group: str = GROUP) -> None:
         """A worker's progress; "stopped" is its last word."""
@@ -42,14 +42,14 @@ class Session:
         )  # fmt: skip
         self.broker.log(TP).append(TP, [Outgoing(group.encode(), event.encode(), self.clock.now_ms())])
 
-    def say_later(self, seconds: float, worker: str, *states: str, skew_ms: int = 0) -> None:
+    def say_later(self, after: float, worker: str, *states: str, skew_ms: int = 0) -> None:
         """One state each second, from then on; the last one for ever."""
-        said, start = 0, self.clock.monotonic() + seconds
+        said, start = 0, self.clock.monotonic() + after
         sleep = self.clock.sleep
 
-        async def sleeping(for_seconds: float) -> None:
+        async def sleeping(seconds: float) -> None:
             nonlocal said
-            await sleep(for_seconds)
+            await sleep(seconds)
             while start + said <= self.clock.monotonic():
                 self.say(worker, states[min(said, len(states) - 1)], skew_ms)
                 said += 1
