@@ -67,6 +67,7 @@ if TYPE_CHECKING:
         GroupBusyError,
         IllegalTransitionError,
         InputError,
+        NoCheckpointError,
         OffsetOutOfRangeError,
         RowFailedError,
         SessionCancelledError,
@@ -78,6 +79,7 @@ if TYPE_CHECKING:
     from .streams.operating import cancel_session, pause_session, resume_session, sessions
     from .streams.options import WorkerOptions
     from .streams.pipeline import Pipeline
+    from .streams.pipeline_executor import PipelineExecutor
     from .streams.results import CostEstimate, ErrorInfo, ExecutionResult
     from .streams.session import Session
     from .streams.state_manager import StateManager
@@ -129,10 +131,12 @@ _HOMES = {
     "LoggingObserver": "handlers.observers",
     "MemoryCheckpointStorage": "streams.checkpoint_stores",
     "Message": "streams.client",
+    "NoCheckpointError": "streams.errors",
     "NodeReport": "handlers.graph_run",
     "ObserverDispatcher": "handlers.observers",
     "OffsetOutOfRangeError": "streams.errors",
     "Pipeline": "streams.pipeline",
+    "PipelineExecutor": "streams.pipeline_executor",
     "ProcessDiedError": "handlers.errors",
     "ProcessingStats": "state.stats",
     "ProgressBarObserver": "handlers.observers",
@@ -217,10 +221,12 @@ __all__ = [
     "LoggingObserver",
     "MemoryCheckpointStorage",
     "Message",
+    "NoCheckpointError",
     "NodeReport",
     "ObserverDispatcher",
     "OffsetOutOfRangeError",
     "Pipeline",
+    "PipelineExecutor",
     "ProcessDiedError",
     "ProcessingStats",
     "ProgressBarObserver",

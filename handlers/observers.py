@@ -586,10 +586,11 @@ class LoggingObserver(ExecutionObserver):
         )  # fmt: skip
 
     def on_pipeline_complete(self, context: ExecutionContext, result: Any) -> None:  # noqa: ARG002 - the context has it
-        """``pipeline reviews: completed, 5,000 of 5,000 rows (100.0 %), 3 failed, cost 0.42``."""
+        """``pipeline reviews: completed, 5,000 of 5,000 rows (100.0 %), 3 failed, cost 0.42``; or ``ended``, early."""
+        how = "completed" if context.completed_rows >= context.total_rows else "ended"
         self._say(
-            self._level, "pipeline_completed", context, "pipeline %s: completed, %s",
-            context.pipeline_name, _so_far(context), **_counts(context),
+            self._level, f"pipeline_{how}", context, "pipeline %s: %s, %s",
+            context.pipeline_name, how, _so_far(context), **_counts(context),
         )  # fmt: skip
 
     def on_pipeline_error(self, context: ExecutionContext, error: Exception) -> None:

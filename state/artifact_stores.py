@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import tempfile
 import threading
 from collections.abc import Iterable
 from hashlib import sha256
@@ -15,6 +14,7 @@ from urllib.parse import unquote, urlsplit
 from .artifacts import MAX_ARTIFACT_BYTES, SHARED_SCOPE, ArtifactRef, ArtifactStore, ArtifactStoreError
 from .clock import Clock, SystemClock
 from .errors import ConfigError
+from .files import sync_folder, write_whole
 from .model import Row
 
 _PART_PREFIX = ".part-"
@@ -185,10 +185,10 @@ class FolderArtifacts(ArtifactStore):
     def _write_or_touch(self, path: Path, data: bytes) -> None:
         _make_folder(path.parent)
         if not _is_written(path, data):
-            _write_whole(path, data)
+            write_whole(path, data, prefix=_PART_PREFIX)
         now = self._clock.now_ms() * 1_000_000
         os.utime(path, ns=(now, now))
-        _sync_folder(path.parent)  # also where the file was there: whoever put it may have died before this
+        sync_folder(path.parent)  # also where the file was there: whoever put it may have died before this
 
     def _read(self, reference: ArtifactRef) -> bytes | None:
         path = self._path(reference)
@@ -275,7 +275,7 @@ def _make_folder(folder: Path) -> None:
     if not folder.is_dir():
         _make_folder(folder.parent)
         folder.mkdir(mode=0o700, exist_ok=True)
-        _sync_folder(folder.parent)
+        sync_folder(folder.parent)
 
 
 def _is_written(path: Path, data: bytes) -> bool:
@@ -284,30 +284,6 @@ def _is_written(path: Path, data: bytes) -> bool:
         return path.stat().st_size == len(data) and path.read_bytes() == data
     except FileNotFoundError:
         return False
-
-
-def _write_whole(path: Path, data: bytes) -> None:
-    """All of the file or none: a reader, and a crash at any moment, see nothing in between."""
-    number, part = tempfile.mkstemp(prefix=_PART_PREFIX, dir=path.parent)
-    try:
-        with os.fdopen(number, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(part).replace(path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            Path(part).unlink()
-        raise
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make the names in a folder safe on disk."""
-    number = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(number)
-    finally:
-        os.close(number)
 
 
 def _modified_ms(path: Path) -> int:

@@ -7,6 +7,7 @@ A checkpoint of a session that the broker does not know, which somebody saves al
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -72,13 +73,12 @@ class BrokerCheckpoints:
         """
         if isinstance(session, UUID):
             return session
-        try:
-            return UUID(session)
-        except (ValueError, AttributeError, TypeError):
-            groups = await self._groups()
+        groups = await self._groups()
         try:
             return session_uuid(resolve(str(session), groups, self._broker.url))
         except ConfigError:
+            with contextlib.suppress(ValueError, AttributeError, TypeError):
+                return UUID(session)
             if sum(each is not None and each.id == session for each in map(session_of, groups)) > 1:
                 raise
         return named_id(session)
@@ -197,7 +197,10 @@ class BrokerCheckpoints:
             pipeline=record.pipeline,
             group=record.group,
             state=status.state,
-            resumable=begun and status.state is not ExecutionState.COMPLETED and sources >= set(record.sources),
+            resumable=begun
+            and status.lag > 0
+            and status.state is not ExecutionState.COMPLETED
+            and sources >= set(record.sources),
             progress=min(100.0, progress),
             rows=done,
             total_rows=total,
@@ -235,7 +238,7 @@ class BrokerCheckpoints:
             data, at = _data(session_id, value), int(loads(value)["at"])
             info = info_of(data, f"{self._broker.url} {CHECKPOINTS_TOPIC}", len(value), at, self.clock.now_ms())
             return replace(info, session_id=session_id)
-        except (CheckpointError, KeyError, TypeError, ValueError) as error:
+        except (CheckpointError, KeyError, TypeError, ValueError, OverflowError) as error:
             log.warning("%s", error)
             return None
 

@@ -11,9 +11,7 @@ import contextlib
 import gzip
 import json
 import logging
-import os
 import re
-import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -29,6 +27,7 @@ from ..state.codec import encode, loads
 from ..state.context import ExecutionContext, session_uuid
 from ..state.errors import BadRowError, CheckpointError, ConfigError
 from ..state.execution import ExecutionState
+from ..state.files import sync_folder, write_whole
 from .session_refs import session_of
 
 log = logging.getLogger(__name__)
@@ -313,7 +312,8 @@ class FileCheckpointStorage(CheckpointStorage):
         path = self._path(session_id)
         try:
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            _write_whole(path, text)
+            write_whole(path, text, prefix=f".{path.name}.")
+            sync_folder(path.parent)
             self._packed(session_id).unlink(missing_ok=True)  # an older one, which ondine would prefer
         except OSError as error:
             raise CheckpointError(f"cannot write the checkpoint {path}: {error.strerror or error}") from error
@@ -420,26 +420,8 @@ def _parsed(text: bytes) -> Any:
 def _moment(outer: Mapping[str, Any], path: Path) -> int:
     """When it was written, as it says; else the file's own time."""
     try:
-        return round(datetime.fromisoformat(outer["timestamp"]).timestamp() * 1000)
+        at_ms = round(datetime.fromisoformat(outer["timestamp"]).timestamp() * 1000)
+        datetime.fromtimestamp(at_ms / 1000, UTC)  # which has no name for all of them
     except (KeyError, TypeError, ValueError, OverflowError, OSError):
         return path.stat().st_mtime_ns // 1_000_000
-
-
-def _write_whole(path: Path, text: bytes) -> None:
-    """All of the file or none: a reader, and a crash at any moment, see nothing in between."""
-    number, part = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
-    try:
-        with os.fdopen(number, "wb") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(part).replace(path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            Path(part).unlink()
-        raise
-    folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    return at_ms

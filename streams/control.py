@@ -18,7 +18,7 @@ from .control_watch import ControlWatch
 from .deadlines import deadline
 from .errors import IllegalTransitionError, TopicError
 from .session_records import SessionRecord
-from .session_refs import find_session, record_of
+from .session_refs import SessionRef, find_session, record_of
 
 __all__ = [
     "CONTROL_CONFIG",
@@ -114,7 +114,7 @@ async def note_failure(control: ControlTopic, group: str, message: str) -> None:
     def change(present: SessionRecord | None) -> SessionRecord | None:
         return None if present is None else replace(present, failure=text, failed_ms=now)
 
-    await control.update(group, change)
+    await control.update(group, change, may_remove=False)
 
 
 async def note_ends(control: ControlTopic, group: str, ends: Mapping[TopicPartition, int]) -> None:
@@ -127,7 +127,7 @@ async def note_ends(control: ControlTopic, group: str, ends: Mapping[TopicPartit
     def change(present: SessionRecord | None) -> SessionRecord | None:
         return None if present is None else replace(present, ends=dict(ends))
 
-    await control.update(group, change)
+    await control.update(group, change, may_remove=False)
 
 
 async def request(control: ControlTopic, group: str, wanted: Wanted, *, by: str, reason: str = "") -> SessionRecord:
@@ -152,14 +152,24 @@ async def request(control: ControlTopic, group: str, wanted: Wanted, *, by: str,
     if found.record is not None and await is_completed(control.broker, found.record, control.timeout):
         raise IllegalTransitionError(f"{found.name} cannot be {_VERBS[wanted]}: it is completed, all its rows are done")
     now, text = control.clock.now_ms(), _cut(reason)
+    known = await _found_out(control, found) if found.record is None else None
 
     def change(present: SessionRecord | None) -> SessionRecord:
-        present = present or record_of(found.group)
-        if refusal := REQUESTS[present.wanted][wanted]:
+        # Without a record nobody knows what was wanted: workers may be paused by one that was deleted.
+        if present is not None and (refusal := REQUESTS[present.wanted][wanted]):
             raise IllegalTransitionError(f"{found.name} cannot be {_VERBS[wanted]}: it {refusal}{_asked(present)}")
-        return replace(present, wanted=wanted, changed_ms=now, changed_by=by, reason=text)
+        base = present or known or record_of(found.group)
+        return replace(base, wanted=wanted, changed_ms=now, changed_by=by, reason=text)
 
     return await control.update(found.group, change) or record_of(found.group)
+
+
+async def _found_out(control: ControlTopic, found: SessionRef) -> SessionRecord | None:
+    """What can be found out of a session that never registered: its first record has to name what is its own."""
+    from .known_sessions import find_sessions
+
+    known = (await find_sessions(control.broker, clock=control.clock, timeout=control.timeout)).get(found.group)
+    return None if known is None else known.record
 
 
 def _asked(record: SessionRecord) -> str:

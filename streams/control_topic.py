@@ -90,13 +90,14 @@ class ControlTopic:
         """
         return (await _look(self, group)).present
 
-    async def update(self, group: str, change: Change) -> SessionRecord | None:
+    async def update(self, group: str, change: Change, *, may_remove: bool = True) -> SessionRecord | None:
         """Replace a session's record, in order with all others who do.
 
         Args:
             group: the session's.
             change: called with the present record, perhaps several times; ``sequence`` is counted for it. What it
                 raises is raised here, and nothing is written; nor is it where it changes nothing.
+            may_remove: whether a record that cannot be read may be removed, where ``change(None)`` is None.
 
         Returns:
             The record as it was written, or as it is; None where it was removed, or is not there.
@@ -107,7 +108,7 @@ class ControlTopic:
             BrokerError: the broker failed again and again. What was asked for may have been recorded or not.
         """
         async with self._writing:  # two at once here would fence each other
-            return await _Update(self, group, change).do()
+            return await _Update(self, group, change, may_remove).do()
 
     async def require(self) -> None:
         """See that the topic exists.
@@ -169,6 +170,7 @@ class _Update:
     control: ControlTopic
     group: str
     change: Change
+    may_remove: bool
     tried: list[bytes] = field(default_factory=list)
     """Values of attempts that failed: they may be there all the same."""
 
@@ -219,7 +221,7 @@ class _Update:
         try:
             present = found.present
         except CheckpointError:
-            if self.change(None) is not None:
+            if not self.may_remove or self.change(None) is not None:
                 raise
             return _Plan(False, None)  # what is to be removed need not be read
         new = self.change(present)
@@ -317,5 +319,5 @@ def decode_or_warn(group: str, value: bytes) -> SessionRecord | None:
     try:
         return SessionRecord.decode(value)
     except CheckpointError as error:
-        log.warning("session %s is left out: %s", group, error)
+        log.warning("session %s is left out: %s", "".join(c if c.isprintable() else "?" for c in group), error)
         return None

@@ -63,6 +63,8 @@ class Follower:
         self._group = group
         self._before: dict[str, int] = {}
         """When each worker had spoken last before the request."""
+        self._had_stopped: set[str] = set()
+        """Workers that were gone before the request."""
         self._heard: dict[str, tuple[int, float]] = {}
         """When each worker spoke last, by its clock, and when that was heard, by ours."""
 
@@ -72,7 +74,9 @@ class Follower:
         Raises:
             BrokerError: the broker does not answer.
         """
-        self._before = {worker: event.at_ms for worker, event in (await self._newest()).items()}
+        newest = await self._newest()
+        self._before = {worker: event.at_ms for worker, event in newest.items()}
+        self._had_stopped = {worker for worker, event in newest.items() if event.has_stopped}
 
     async def wait(self, wanted: Wanted, seconds: float) -> Standing:
         """Look until it is carried out, at most so long.
@@ -98,7 +102,7 @@ class Follower:
         members = await self._members()
         alive = {worker: event for worker, event in newest.items() if self._is_alive(worker, event)}
         done = {worker for worker, event in alive.items() if self._has_obeyed(worker, event, wanted)}
-        gone = len(newest) - len(alive) if wanted is Wanted.CANCEL else 0
+        gone = len(newest.keys() - alive.keys() - self._had_stopped) if wanted is Wanted.CANCEL else 0
         waited_for = {worker: _state(event) for worker, event in alive.items() if worker not in done}
         return Standing(len(done) + gone, waited_for, max(0, members - len(alive)))
 

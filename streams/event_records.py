@@ -45,6 +45,8 @@ class EventRecord:
         subject: the stage or resource that it is about; "" for the worker as a whole.
         data: what belongs to the kind.
         version: the format's.
+        written_ms: when, as the topic dates it: on Kafka by the broker's clock. 0 where the reader does not say.
+        size: bytes of the record's value; 0 where the reader does not say.
     """
 
     kind: str
@@ -58,6 +60,8 @@ class EventRecord:
     subject: str = ""
     data: Mapping[str, Any] = field(default_factory=dict)
     version: int = VERSION
+    written_ms: int = field(default=0, compare=False)
+    size: int = field(default=0, compare=False)
 
     @property
     def has_stopped(self) -> bool:

@@ -23,6 +23,7 @@ import platform
 import threading
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Collection, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from ..handlers.runtime import Event
@@ -62,6 +63,7 @@ _FETCH_RECORDS, _FETCH_SECONDS = 2_000, 0.5
 _LOOK_AGAIN_SECONDS = 1.0
 _ATTEMPTS = 3
 _RECENT_EVENTS = 10_000
+_RECENT_BYTES = 32 * 1024 * 1024
 
 _CONFIG = {
     "cleanup.policy": "delete",
@@ -455,10 +457,24 @@ async def _read_since(broker: Broker, since_ms: int, groups: Collection[str] | N
         return []
     starts = await broker.offsets(partitions, since_ms)
     found: dict[int, deque[EventRecord]] = {tp.partition: deque(maxlen=limit) for tp in partitions}
+    most = max(1, _RECENT_BYTES // len(partitions))
     async for records in read_topic(broker, EVENTS_TOPIC, starts, until="end"):
-        found[records[0].partition].extend(_events(records, groups))
+        present = found[records[0].partition]
+        present.extend(_events(records, groups, by_broker=True))
+        _forget_beyond(present, most)
     # A merge, not a sort: it keeps the order within each partition, whatever the workers' clocks did.
     return list(heapq.merge(*found.values(), key=lambda event: event.at_ms))[-limit:]
+
+
+def _forget_beyond(events: deque[EventRecord], most: int) -> None:
+    """Keep the newest, up to so many bytes: anybody may write to the topic, and as much as they like."""
+    size = 0
+    for place, event in enumerate(reversed(events)):
+        size += event.size
+        if size > most:
+            for _ in range(len(events) - place):
+                events.popleft()
+            return
 
 
 async def recent_progress(
@@ -594,8 +610,12 @@ class _Follower:
             await reader.close()
 
 
-def _events(records: Sequence[Record], groups: Collection[str] | None) -> list[EventRecord]:
-    """The events among these records, of these groups."""
+def _events(records: Sequence[Record], groups: Collection[str] | None, *, by_broker: bool = False) -> list[EventRecord]:
+    """The events among these records, of these groups; ``by_broker``: with the broker's date, too."""
     wanted = None if groups is None else {group.encode() for group in groups}
-    some = (EventRecord.decode(each.value) for each in records if wanted is None or each.key in wanted)
-    return [event for event in some if event is not None]
+    some = ((each, EventRecord.decode(each.value)) for each in records if wanted is None or each.key in wanted)
+    return [
+        replace(event, written_ms=record.timestamp, size=len(record.value or b"")) if by_broker else event
+        for record, event in some
+        if event is not None
+    ]

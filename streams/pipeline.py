@@ -21,7 +21,7 @@ from ..state.artifacts import ARTIFACT_LIMIT, SHARED_SCOPE, ArtifactStore
 from ..state.codec import MAX_DEPTH
 from ..state.errors import ConfigError, RowmillError
 from ..state.memory import MemoryStore
-from ..state.model import Row
+from ..state.model import RESERVED_PREFIX, Row
 from ..state.table import TableSpec
 from ..state.tables import PartitionTables
 from .session import check_name, check_topic
@@ -46,7 +46,7 @@ class Pipeline:
     """A named chain of stages. Build it once, run it anywhere: here, on the embedded broker, on Kafka.
 
     Args:
-        name: 1 to 80 letters, digits, ``_`` and ``-``. The consumer group is ``rowmill.<name>``.
+        name: 1 to 80 letters, digits, ``_`` and ``-``; not ``rowmill``. The consumer group is ``rowmill.<name>``.
         source: the topic, or topics, that rows come from. Default: the pipeline's name.
         sink: the topic that results go to. Default: ``<name>.results``.
         start: where the live session begins when it has never committed: ``earliest``, ``latest``, or a datetime
@@ -94,7 +94,7 @@ class Pipeline:
         max_row_bytes: int = MAX_ROW_BYTES,
         max_depth: int = MAX_DEPTH,
     ) -> None:
-        self.name = check_name("Pipeline(name)", name)
+        self.name = _name(name)
         self.sources = _sources(name if source is None else source)
         self.sink = check_topic("Pipeline(sink=)", f"{name}.results" if sink is None else sink)
         if self.sink in self.sources:
@@ -339,6 +339,13 @@ class Pipeline:
         from .streaming import ChunkStream
 
         return ChunkStream(self, rows, chunk_size=chunk_size, broker=broker, key=key, options=options, keep=keep)
+
+
+def _name(name: str) -> str:
+    if check_name("Pipeline(name)", name) == RESERVED_PREFIX.removesuffix("."):
+        remedy = f"use another: its topics would begin with {RESERVED_PREFIX!r}, which are rowmill's own"
+        raise ConfigError("Pipeline(name)", name, remedy)
+    return name
 
 
 def _sources(source: str | Sequence[str]) -> tuple[str, ...]:

@@ -20,6 +20,8 @@ from ..state.model import TopicPartition
 CONTROL_TOPIC = "rowmill.control"
 
 _VERSION = 1
+_LATEST_MS = 253_402_300_799_999
+"""The end of the year 9999: later times have no name."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,7 +102,7 @@ class SessionRecord:
             known |= {name: tuple(value) for name, value in known.items() if isinstance(value, list)}
             known["wanted"] = Wanted(known.get("wanted", Wanted.RUN))
             ends = known.get("ends")
-            known["ends"] = None if ends is None else {TopicPartition(str(t), int(n)): int(end) for t, n, end in ends}
+            known["ends"] = None if ends is None else dict(map(_end, ends))
             for name, each in known.items():
                 _check_type(name, each)
             return cls(**known, unknown=fields)
@@ -113,17 +115,26 @@ def here() -> str:
     return f"{platform.node() or 'localhost'}/{os.getpid()}"
 
 
+def _end(entry: Any) -> tuple[TopicPartition, int]:
+    topic, partition, end = entry
+    if not isinstance(topic, str) or type(partition) is not int or type(end) is not int:
+        raise TypeError("ends are [topic, partition, offset]")
+    if not 0 <= partition < 2**31 or not 0 <= end < 2**63:
+        raise ValueError("no such partition or offset")
+    return TopicPartition(topic, partition), end
+
+
 def _check_type(name: str, value: Any) -> None:
     """Anybody may write to a topic: what is of another type than it should be is told here, not where it is used."""
     kind = str(SessionRecord.__dataclass_fields__[name].type)
     fits = {
         "str": isinstance(value, str),
         "bool": isinstance(value, bool),
-        "int": isinstance(value, int) and not isinstance(value, bool),
+        "int": type(value) is int and 0 <= value <= _LATEST_MS,
         "tuple[str, ...]": isinstance(value, tuple) and all(isinstance(each, str) for each in value),
     }
     if not fits.get(kind, True):
-        raise TypeError(f"{name} is {type(value).__name__}")
+        raise TypeError(f"{name} is {type(value).__name__}, or too large")
 
 
 _FIELDS = frozenset(SessionRecord.__dataclass_fields__) - {"unknown"}

@@ -106,21 +106,21 @@ class Traces:
 # --- names -----------------------------------------------------------------------------------------------------
 
 
-def owned_topics(session: Session, sources: Iterable[str], sink: str = "", dead_letters: str = "") -> dict[str, str]:
+def owned_topics(session: Session, sources: Iterable[str], sink: str = "") -> dict[str, str]:
     """The topics that a session has for itself by their names, and what each holds; side topics are not among them.
 
     Args:
         session: which.
         sources: the topics it reads, as they are named on the broker.
         sink: where its results go, as it is named there; "" where nobody knows.
-        dead_letters: where its dead letters go; default: as the session's name has it.
 
     The live session's source, sink and dead letters are everybody's: they are not its own.
     """
     topics: dict[str, str] = {}
     sources = list(sources)
     if not session.is_live:
-        letters = dead_letters or session.dead_letters
+        # Their name is the session's, whatever its record says: anybody may write one.
+        letters = session.dead_letters
         if session.owns_source:
             topics |= {name: "rows" for name in sources if name.endswith(f".{session.id}")}
         if sink.endswith(f".{session.id}"):
@@ -136,7 +136,7 @@ def _mentioned(record: SessionRecord) -> set[str]:
     """Every topic that a session has to do with: nobody else's cleaning may touch it."""
     session = recorded_session(record)
     letters = record.dead_letters or session.dead_letters
-    own = owned_topics(session, record.sources, record.sink, letters)
+    own = owned_topics(session, record.sources, record.sink)
     return {*own, *record.sources, letters, marks_topic(letters), *([record.sink] if record.sink else [])}
 
 
@@ -218,7 +218,7 @@ class _Look:
             yield Trace("group", publisher, "a replay's mark" if self._session.is_live else "what it is to run")
 
     async def _own_topics(self, present: Collection[str]) -> list[Trace]:
-        named = owned_topics(self._session, self._record.sources, self._record.sink, self._record.dead_letters)
+        named = owned_topics(self._session, self._record.sources, self._record.sink)
         taken = self._taken()
         found = []
         for name in [name for name in named if name in present]:
@@ -254,9 +254,10 @@ class _Look:
             return await self._doubt(topic, is_named=True)
         if topic not in self._record.sources:
             return None
-        records = await _first_records(self._broker, topic)
-        published = all(input_row(record) is not None for record in records)
-        return None if published else "others write to it as well"
+        async for records in read_topic(self._broker, topic, until="end"):
+            if any(input_row(record) is None for record in records):
+                return "others write to it as well"
+        return None
 
     async def _doubt(self, topic: str, *, is_named: bool) -> str | None:
         """Why a topic with the session's name at its end may be another's; "": it is ours; None: it surely is not.
@@ -265,13 +266,17 @@ class _Look:
             topic: which.
             is_named: whether the session's record names it.
         """
-        records = await _first_records(self._broker, topic)
-        if not records:
+        count = ours = 0
+        async for records in read_topic(self._broker, topic, until="end"):  # all of it: what goes is gone for good
+            count += len(records)
+            ours += sum(map(self._is_ours, records))
+            if ours < count and (ours or is_named):
+                break
+        if not count:
             return "" if is_named else "it is empty, and nothing else tells whose it was"
-        ours = sum(map(self._is_ours, records))
         if not ours and not is_named:
             return None
-        if ours < len(records):
+        if ours < count:
             return "others write to it as well"
         twin = self._twin(is_named=is_named)
         return "" if twin is None else f"it may be session {twin}'s, which has the same name and source"
@@ -335,15 +340,9 @@ class _Look:
                 marks_topic(letters): "it tells which dead letters were retried",
             }
         else:
-            own = owned_topics(session, record.sources, record.sink, record.dead_letters)
+            own = owned_topics(session, record.sources, record.sink)
             shared = {name: "others read it" for name in record.sources if name not in own}
         self._kept += [Kept(name, why) for name, why in shared.items() if name in present]
-
-
-async def _first_records(broker: Broker, topic: str) -> Sequence[Record]:
-    async for records in read_topic(broker, topic, until="end"):
-        return records
-    return ()
 
 
 def is_being_removed(record: SessionRecord) -> bool:

@@ -52,8 +52,8 @@ class RowCounts:
 
     Attributes:
         rows: those that are done.
-        ok: of these, those that gave at least one result, or only emitted.
-        dropped: of these, those that a handler gave no result for, on purpose.
+        ok: of these, those that gave at least one result.
+        dropped: of these, those that a handler gave no result for, on purpose; also where it emitted instead.
         skipped: of these, those that failed in a stage that says ``on_error="skip"``.
         dead_letters: of these, those that failed for good.
         defaulted: of the ``ok`` ones, those in which a fallback took a failed stage's place.

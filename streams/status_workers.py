@@ -46,14 +46,14 @@ class WorkerWord:
         entries = self.newest.data.get("partitions")
         found = [each for each in entries if isinstance(each, dict)] if isinstance(entries, list) else []
         return {
-            TopicPartition(each["topic"], each["partition"]): each
+            TopicPartition(each["topic"], each["partition"]): _sound(each)
             for each in found
             if isinstance(each.get("topic"), str) and isinstance(each.get("partition"), int)
         }
 
     def age_seconds(self, now_ms: int) -> float:
-        """How old it is."""
-        return max(0.0, (now_ms - self.newest.at_ms) / 1000)
+        """How old it is, by the broker's date: no worker's clock is compared with ours."""
+        return max(0.0, (now_ms - (self.newest.written_ms or self.newest.at_ms)) / 1000)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -249,7 +249,7 @@ def _worker(member: MemberInfo | None, word: WorkerWord | None, now_ms: int, *, 
 def _phase(word: WorkerWord) -> Phase:
     """A worker that runs and has opened none of its partitions is starting still."""
     state = word.newest.data.get("state")
-    states = [said.get("state") for said in word.said().values()]
+    states = [str(said.get("state")) for said in word.said().values()]
     if state == "running":
         return "starting" if states and set(states) == {"opening"} else "running"
     if state in ("starting", "pausing", "paused", "stopping"):
@@ -257,9 +257,21 @@ def _phase(word: WorkerWord) -> Phase:
     return "running"
 
 
+_NUMBERS = ("committed", "position", "buffered", "in_flight", "oldest_offset", "oldest_seconds")
+
+
+def _sound(said: Mapping[str, Any]) -> dict[str, Any]:
+    """What a worker says of a partition, without numbers that are none: anybody may write to the topic."""
+    return {name: value for name, value in said.items() if name not in _NUMBERS or _is_number(value)}
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < 2**53
+
+
 def _number(data: Mapping[str, Any], name: str) -> int | None:
     value = data.get(name)
-    return value if isinstance(value, int) else None
+    return value if type(value) is int and 0 <= value < 253_402_300_800_000 else None
 
 
 def _texts(value: Any) -> dict[str, str]:
@@ -271,11 +283,7 @@ def _figures(value: Any) -> dict[str, dict[str, float]]:
     if not isinstance(value, dict):
         return {}
     return {
-        str(stage): {
-            str(name): number
-            for name, number in counts.items()
-            if isinstance(number, (int, float)) and not isinstance(number, bool)
-        }
+        str(stage): {str(name): number for name, number in counts.items() if _is_number(number)}
         for stage, counts in value.items()
         if isinstance(counts, dict)
     }

@@ -22,6 +22,7 @@ from ..state.artifact_stores import FolderArtifacts
 from ..state.clock import Clock
 from ..state.context import ExecutionContext
 from ..state.errors import RowmillError
+from ..state.execution import Wanted
 from ..state.model import TopicPartition
 from .brokers.base import Broker
 from .control import ControlTopic, ControlWatch, note_ends, note_failure, register
@@ -30,6 +31,7 @@ from .errors import TopicError
 from .events import EventPublisher
 from .session import Session
 from .session_records import SessionRecord, here
+from .session_refs import short_name
 from .snapshots import WorkerSnapshot
 
 if TYPE_CHECKING:
@@ -101,7 +103,14 @@ class Steering:
         self._runtime.listeners.append(self._events.hear)
         await self._events.start()
         try:
-            self._obey(await register(self._control, self._describe()))
+            record = await register(self._control, self._describe())
+            self._obey(record)
+            if record.wanted is Wanted.PAUSE:
+                log.warning(
+                    "session %s is paused: its rows wait until somebody resumes it (rowmill resume %s)",
+                    short_name(self._group),
+                    short_name(self._group),
+                )
             present = await self._watch.start()
             if present is not None:
                 self._obey(present)

@@ -38,6 +38,7 @@ from rowmill.handlers.observers import ExecutionObserver
 from rowmill.state.clock import SystemClock
 from rowmill.state.context import session_uuid
 from rowmill.state.execution import ExecutionState, Wanted
+from rowmill.streams.attempts import Desk
 from rowmill.streams.checkpoint_stores import FileCheckpointStorage, MemoryCheckpointStorage
 from rowmill.streams.control import ControlTopic, request
 from rowmill.streams.errors import IllegalTransitionError, NoCheckpointError
@@ -237,7 +238,7 @@ def test_pause_from_another_thread(broker_url: str, name: str) -> None:
     result = executor.resume(executor.session_id)
     check_whole(result, paid)
     assert list(result.data.index) == list(FRAME.index)
-    assert executor.state is ExecutionState.COMPLETED
+    assert str(executor.state) == "completed"
     assert record_of(broker_url, executor).wanted is Wanted.RUN
     with pytest.raises(RuntimeError, match="completed"):
         executor.resume()
@@ -402,7 +403,7 @@ def test_resume_in_a_new_process(broker_url: str, name: str, tmp_path: Path) -> 
 
     second = Program(broker_url, name, str(calls), str(COUNT), paused["id"]).outcome()
     assert (second["state"], second["stopped"], second["session"]) == ("completed", None, paused["session"])
-    assert (second["n"], Decimal(second["cost"])) == (list(range(COUNT)), 10)
+    assert (second["n"], Decimal(second["cost"])) == (list(range(COUNT)), Decimal(10))
     assert sorted(map(int, calls.read_text().split())) == list(range(COUNT))  # nothing was paid twice
 
     third = Program(broker_url, name, str(calls), str(COUNT), paused["session"]).outcome()
@@ -596,7 +597,12 @@ def test_a_cancelled_session_goes_on_by_its_name(broker_url: str, name: str) -> 
     """Executing a session of the same name, in whatever executor, goes on with it."""
     paid = Paid()
     first = PipelineExecutor([paid], broker=broker_url, session="night", options=EARLY)
-    first.add_observer(Seen(lambda: first.state is ExecutionState.EXECUTING and first.cancel()))
+
+    def cancel() -> None:
+        if first.state is ExecutionState.EXECUTING:
+            first.cancel()
+
+    first.add_observer(Seen(cancel))
     result = first.execute(Pipeline(name), ROWS)
     check_partial(result, "cancelled")
     done = set(result.data["n"])
@@ -617,6 +623,30 @@ def test_a_paused_session_is_cancelled(broker_url: str, name: str) -> None:
     assert executor.state is ExecutionState.CANCELLED
     assert record_of(broker_url, executor).wanted is Wanted.CANCEL
     check_whole(executor.resume(), paid)
+
+
+@pytest.mark.parametrize("wanted", ["pause", "cancel"])
+def test_what_cannot_be_recorded_is_done_here(
+    tmp_path: Path, wanted: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Without the control topic this process obeys all the same, and a warning says that nobody else does."""
+
+    async def refuse(*_: Any) -> None:
+        raise BrokerError("no control topic today")
+
+    monkeypatch.setattr(Desk, "request", refuse)
+    paid = Paid()
+    executor = PipelineExecutor([paid], broker=f"local://{tmp_path}", options=EARLY)
+
+    def ask_for_it() -> None:
+        assert paid.enough.wait(30)
+        getattr(executor, wanted)()
+
+    with beside(ask_for_it):
+        result = executor.execute(Pipeline("p"), ROWS)
+    check_partial(result, "paused" if wanted == "pause" else "cancelled")
+    assert f"{wanted!r} was not recorded: no control topic today" in caplog.text
+    check_whole(executor.resume(), paid if wanted == "pause" else None)
 
 
 # --- others steer ----------------------------------------------------------------------------------------------
@@ -750,7 +780,8 @@ def test_a_failure(broker_url: str, name: str) -> None:
     broken = False
     result = executor.resume()
     assert (result.is_complete, list(result.data["n"])) == (True, list(range(COUNT)))
-    assert seen.last is result
+    last: object = seen.last
+    assert last is result
 
 
 def test_a_failure_before_it_began(tmp_path: Path) -> None:
@@ -826,7 +857,7 @@ async def test_on_an_event_loop(broker_url: str, name: str) -> None:
     resuming = asyncio.create_task(executor.resume_async())
     await until_begun(count + 60)
     await executor.cancel_async()
-    assert executor.state is ExecutionState.CANCELLED
+    assert str(executor.state) == "cancelled"
     check_partial(await resuming, "cancelled")
     check_whole(await executor.resume_async())
     ticking.cancel()

@@ -123,12 +123,12 @@ def progress(
 
 
 async def say(broker: Broker, clock: Clock, *events: EventRecord) -> None:
-    """Put events on their topic."""
+    """Put events on their topic, dated as they say."""
     await broker.create_topics([TopicSpec(EVENTS_TOPIC, 1)])
     producer = broker.producer()
     await producer.start()
     try:
-        records = [Outgoing(event.group.encode(), event.encode(), clock.now_ms()) for event in events]
+        records = [Outgoing(event.group.encode(), event.encode(), event.at_ms) for event in events]
         await (await producer.send(TopicPartition(EVENTS_TOPIC, 0), records))
     finally:
         await producer.close()

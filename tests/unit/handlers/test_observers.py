@@ -554,6 +554,18 @@ def test_lines_of_log(caplog: pytest.LogCaptureFixture) -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    ("rows", "total", "how"), [(5, 5, "completed"), (6, 5, "completed"), (0, 0, "completed"), (3, 5, "ended")]
+)
+def test_a_run_that_ended_early(rows: int, total: int, how: str, caplog: pytest.LogCaptureFixture) -> None:
+    """A run that was cancelled has ended, by its line and by its event: only one with all its rows is complete."""
+    with caplog.at_level(logging.INFO, logger="rowmill.observer"):
+        LoggingObserver().on_pipeline_complete(at(rows, total), None)
+    (record,) = caplog.records
+    assert record.getMessage().startswith(f"pipeline : {how}, {rows}")
+    assert (vars(record)["event"], vars(record)["rows"], record.levelname) == (f"pipeline_{how}", rows, "INFO")
+
+
 def test_fields_of_log(caplog: pytest.LogCaptureFixture) -> None:
     """Every record has the same fields for formatters; those of a row are filled where there is a row."""
     dispatcher = ObserverDispatcher([LoggingObserver(every=0)], session="live", worker="w1")

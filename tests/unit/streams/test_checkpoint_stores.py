@@ -252,6 +252,32 @@ def test_a_damaged_file_is_told_by_name(tmp_path: Path, caplog: pytest.LogCaptur
     assert str(path) in caplog.text
 
 
+@pytest.mark.parametrize(
+    "timestamp",
+    [
+        "0001-01-01T00:00:00+14:00",
+        "0001-01-01T00:00:00",
+        "9999-12-31T23:59:59.999999-14:00",
+        "9999-12-31T23:59:59.999999",
+        "yesterday",
+        "",
+        5,
+        1e308,
+        None,
+        [],
+    ],
+)
+def test_odd_times_do_not_spoil_the_list(tmp_path: Path, timestamp: Any) -> None:
+    """A file that names a time which cannot be, or none, has its own; every other one is listed beside it."""
+    storage = FileCheckpointStorage(tmp_path)
+    storage.save(TWO, context(TWO).to_checkpoint())
+    write(tmp_path, json.dumps({**ONDINE, "timestamp": timestamp}).encode())
+    infos = {info.session_id: info for info in storage.list_checkpoints()}
+    assert set(infos) == {ONE, TWO}
+    assert infos[ONE].timestamp.utcoffset() == timedelta(0)
+    assert StateManager(storage).load_checkpoint(ONE) is not None
+
+
 @pytest.mark.parametrize("cut", [1, 30, -1, -9])
 def test_a_damaged_packed_file_is_told_by_name(tmp_path: Path, cut: int) -> None:
     """So is a packed one that was cut."""

@@ -26,9 +26,13 @@ from rowmill.streams.control import (
     request,
 )
 from rowmill.streams.errors import BrokerError, FencedError, IllegalTransitionError, TopicError
+from rowmill.streams.session import Session
 from rowmill.streams.session_records import CONTROL_TOPIC, SessionRecord
+from rowmill.streams.session_traces import list_traces
+from rowmill.streams.status import session_statuses
 from support.fake_broker import FakeBroker, Step, lost
 from support.fake_clock import FakeClock
+from support.sessions import MadeSession
 
 GROUP = "rowmill.reviews"
 TP = TopicPartition(CONTROL_TOPIC, 0)
@@ -106,6 +110,43 @@ def test_a_record_comes_back_as_it_was() -> None:
         {"ends": [["a", "x", 1]]},
         {"ends": 5},
         {"group": None},
+        {"changed_ms": 253_402_300_800_000},
+        {"started_ms": 2**63 - 1},
+        {"failed_ms": 2**62},
+        {"changed_ms": -1},
+        {"started_ms": -(2**63)},
+        {"failed_ms": 1.5},
+        {"sequence": -1},
+        {"sequence": 1e308},
+        {"ends": [["a", 0, 1e308]]},
+        {"ends": [["a", 0, -1]]},
+        {"ends": [["a", 0, "5"]]},
+        {"ends": [["a", 0, True]]},
+        {"ends": [["a", 0, None]]},
+        {"ends": [["a", 2**40, 5]]},
+        {"ends": [["a", 2**31, 5]]},
+        {"ends": [["a", -1, 5]]},
+        {"ends": [["a", 0.0, 5]]},
+        {"ends": [["a", True, 5]]},
+        {"ends": [[5, 0, 5]]},
+        {"ends": [[None, 0, 5]]},
+        {"ends": [["a", 0]]},
+        {"ends": [["a", 0, 5, 6]]},
+        {"ends": ["a05"]},
+        {"ends": "a05"},
+        {"ends": {"a": 5}},
+        {"wanted": ["run"]},
+        {"wanted": {}},
+        {"sink": 5},
+        {"sink": ["s"]},
+        {"dead_letters": None},
+        {"state_dir": {}},
+        {"sources": "reviews"},
+        {"sources": {"reviews": 1}},
+        {"sources": ["reviews", None]},
+        {"tables": [["t"]]},
+        {"owns_source": "yes"},
+        {"is_bounded": None},
     ],
     ids=str,
 )
@@ -113,6 +154,21 @@ def test_what_is_no_record_is_told(change: dict[str, Any]) -> None:
     """Anybody may write to the topic: what cannot be right is an error where it is read, not where it is used."""
     with pytest.raises(CheckpointError, match=CONTROL_TOPIC):
         SessionRecord.decode(dumps({**loads(RECORD.encode()), **change}))
+
+
+def test_the_largest_values_are_read() -> None:
+    """The last millisecond of the year 9999, and what Kafka counts partitions and offsets with."""
+    at_ms = 253_402_300_799_999
+    ends = {TopicPartition("a", 2**31 - 1): 2**63 - 1, TopicPartition("a", 0): 0}
+    record = replace(RECORD, changed_ms=at_ms, started_ms=0, failed_ms=at_ms, ends=ends)
+    assert SessionRecord.decode(record.encode()) == record
+
+
+def test_an_end_beyond_all_numbers() -> None:
+    """What JSON can write and no number can hold is told as well."""
+    text = replace(RECORD, ends={TopicPartition("a", 0): 777_777}).encode()
+    with pytest.raises(CheckpointError):
+        SessionRecord.decode(text.replace(b"777777", b"1e400"))
 
 
 @pytest.mark.parametrize("value", [b"", b"[]", b"nonsense", b"{}", b'{"v":1}', b'{"v":1,"group":"g"}'])
@@ -144,6 +200,16 @@ async def test_the_newest_record_of_each_session_counts(caplog: pytest.LogCaptur
     assert await topic(broker).session("rowmill.removed") is None
     with pytest.raises(CheckpointError):
         await topic(broker).session("rowmill.broken")
+
+
+async def test_a_key_cannot_steer_a_terminal(caplog: pytest.LogCaptureFixture) -> None:
+    """The warning of a record that cannot be read shows no control characters of its key."""
+    broker = FakeBroker()
+    put(broker, b"garbage", group="rowmill.evil\x1b]0;owned\x07\n\u202e")
+    assert await topic(broker).sessions() == {}
+    (warning,) = caplog.records
+    assert warning.getMessage().startswith("session rowmill.evil?]0;owned??? is left out: ")
+    assert warning.getMessage().isprintable()
 
 
 # --- writing ---------------------------------------------------------------------------------------------------
@@ -507,6 +573,19 @@ async def test_failures_and_ends_are_noted() -> None:
     assert broker.commits == 2
 
 
+@pytest.mark.parametrize("value", [b'{"v":2,"group":"rowmill.reviews","wanted":"drain"}', b'{"v":1}', b"nonsense"])
+async def test_notes_never_remove_a_record(value: bytes) -> None:
+    """A record of a newer rowmill, which this one cannot read, stays when a worker notes its failure or its ends."""
+    broker = FakeBroker()
+    put(broker, RECORD, value)
+    with pytest.raises(CheckpointError):
+        await note_failure(topic(broker), GROUP, "x")
+    with pytest.raises(CheckpointError):
+        await note_ends(topic(broker), GROUP, {TP: 5})
+    assert broker.commits == 0
+    assert broker.records(CONTROL_TOPIC)[-1].value == value
+
+
 # --- what operators ask for ------------------------------------------------------------------------------------
 
 
@@ -548,6 +627,42 @@ async def test_a_session_that_is_a_group_only_can_be_steered() -> None:
     assert (found.pipeline, found.session, found.wanted, found.sequence) == ("reviews", "s1", Wanted.PAUSE, 1)
     registered = await register(topic(broker), replace(RECORD, group=found.group, session="s1"))
     assert (registered.wanted, registered.sink, registered.started_ms) == (Wanted.PAUSE, "reviews.scored", 1)
+
+
+@pytest.mark.parametrize("wanted", Wanted)
+async def test_a_first_record_names_what_is_the_sessions_own(wanted: Wanted) -> None:
+    """A session without a record that is asked for something is shown and cleaned up as before: it has its sources."""
+    broker, clock = FakeBroker(markers=False), FakeClock()
+    session = Session("old", "s1")
+    await MadeSession(session, record=None).make(broker, clock)
+    (before,) = await session_statuses(broker, clock=clock, timeout=5)
+    found = await request(topic(broker), session.group, wanted, by="ann")
+    assert (found.sources, found.wanted) == (("old",), wanted)
+    (after,) = await session_statuses(broker, clock=clock, timeout=5)
+    assert after.is_registered
+    assert (after.rows, after.lag, after.partitions) == (before.rows, before.lag, before.partitions)
+    assert (after.rows.rows, after.lag) == (4, 16)
+    traces = await list_traces(broker, session.group, clock=clock)
+    assert traces is not None
+    assert session.changelog("old") in {trace.name for trace in traces.found}
+
+
+@pytest.mark.parametrize("is_removed", [False, True], ids=["topic deleted", "record removed"])
+async def test_what_was_paused_by_a_record_that_is_gone_can_go_on(is_removed: bool) -> None:
+    """Workers stay paused when the control topic is deleted under them: who resumes them then is not refused."""
+    broker = FakeBroker()
+    put(broker, RECORD)
+    broker.group_offsets[GROUP] = {}
+    await request(topic(broker), GROUP, Wanted.PAUSE, by="ann")
+    if is_removed:
+        put(broker, None)
+    else:
+        await broker.delete_topics([CONTROL_TOPIC])
+    found = await request(topic(broker), GROUP, Wanted.RUN, by="bob")
+    assert (found.wanted, found.changed_by) == (Wanted.RUN, "bob")
+    assert written(broker)[-1] == found, "the workers hear of it"
+    with pytest.raises(IllegalTransitionError, match="is not paused"):
+        await request(topic(broker), GROUP, Wanted.RUN, by="eve")
 
 
 async def test_a_session_that_nobody_knows() -> None:

@@ -135,3 +135,13 @@ async def test_a_broker_that_does_not_tell_the_members() -> None:
     await session.follower.begin()
     session.say_later(0.1, "w", "paused")
     assert (await session.follower.wait(Wanted.PAUSE, 3.0)).is_carried_out
+
+
+async def test_workers_that_had_stopped_are_not_cancelled() -> None:
+    """Who said goodbye before the request is not counted among those that carried it out."""
+    session = Session()
+    session.say("before", "stopped")
+    session.say("w", "running")
+    await session.follower.begin()
+    session.say_later(0.4, "w", "stopping", "stopped")
+    assert await session.follower.wait(Wanted.CANCEL, 4.0) == Standing(1, {}, 0)

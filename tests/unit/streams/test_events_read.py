@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from rowmill.state.model import Outgoing, TopicPartition
+from rowmill.streams import events as module
 from rowmill.streams.errors import BrokerError, BrokerTimeoutError
 from rowmill.streams.event_records import EVENTS_TOPIC, EventRecord
 from rowmill.streams.events import follow_events, recent_events, recent_progress
@@ -86,6 +87,28 @@ async def test_recent_events(events: Log) -> None:
     assert await events.recent(60, groups=[]) == []
     assert await events.recent(60, limit=2) == [3, 4]
     assert await events.recent(0) == []
+
+
+@pytest.mark.parametrize(("room", "kept"), [(10_000, [1, 2, 3, 4, 5, 9]), (3, [3, 4, 5, 9]), (1, [5, 9])])
+async def test_a_flood_of_events_is_cut(
+    events: Log, monkeypatch: pytest.MonkeyPatch, room: int, kept: list[int]
+) -> None:
+    """Of each partition only so many bytes are kept, those of its newest events: anybody may write there."""
+    for n in range(1, 6):
+        events.write("x", n, ago=10 - n)
+    events.write("x", 9, ago=1, group="rowmill.b")
+    (size, *_) = {len(record.value or b"") for record in events.broker.records(EVENTS_TOPIC)}
+    monkeypatch.setattr(module, "_RECENT_BYTES", room * size * events.partitions)
+    assert await events.recent() == kept
+    found = await recent_events(events.broker, since_ms=0, clock=events.clock)
+    assert sum(event.size for event in found) <= room * size * events.partitions
+
+
+async def test_events_bring_the_brokers_date(events: Log) -> None:
+    """When an event was written is told besides what its worker's clock said, which is one minute slow here."""
+    events.write("x", 1, ago=10)
+    (event,) = await recent_events(events.broker, since_ms=0, clock=events.clock)
+    assert (event.written_ms, event.at_ms) == (NOW - 10_000, NOW - 70_000)
 
 
 async def test_workers_keep_their_order(events: Log) -> None:

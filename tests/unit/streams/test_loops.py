@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from rowmill.streams.deadlines import deadline
 from rowmill.streams.errors import BrokerTimeoutError
-from rowmill.streams.loops import LoopThread, run_blocking
+from rowmill.streams.loops import LoopThread, run_blocking, run_here
 
 pytestmark = pytest.mark.timeout(20)
 
@@ -99,6 +99,30 @@ def test_interrupted(monkeypatch: pytest.MonkeyPatch, orderly: bool) -> None:
     with pytest.raises(KeyboardInterrupt):
         run_blocking(work, stop.set if orderly else None)
     assert ends == (["orderly"] if orderly else ["cancelled"] if ends else [])
+
+
+def test_threads_that_hang_are_not_waited_for() -> None:
+    """Run here, work ends although a call that it has put on another thread does not."""
+    begun, gate, ended = threading.Event(), threading.Event(), threading.Event()
+
+    def hang() -> None:
+        begun.set()
+        gate.wait(15)
+        ended.set()
+
+    async def work() -> int:
+        hanging = asyncio.create_task(asyncio.to_thread(hang))
+        while not begun.is_set():
+            await asyncio.sleep(0.001)
+        assert not hanging.done()
+        return 7
+
+    try:
+        assert run_here(work()) == 7
+        assert not ended.is_set()
+    finally:
+        gate.set()
+    assert ended.wait(10)
 
 
 async def test_deadlines() -> None:

@@ -23,6 +23,7 @@ def same(row: dict[str, Any]) -> dict[str, Any]:
         ({"name": "a.b"}, "Pipeline(name)"),
         ({"name": ""}, "Pipeline(name)"),
         ({"name": None}, "Pipeline(name)"),
+        ({"name": "rowmill", "source": "in", "sink": "out"}, "Pipeline(name)"),
         ({"source": ""}, "Pipeline(source=)"),
         ({"source": []}, "Pipeline(source=)"),
         ({"source": ["a", "a"]}, "Pipeline(source=)"),
@@ -56,6 +57,17 @@ def test_wrong_options(options: dict[str, Any], setting: str) -> None:
         Pipeline(**{"name": "p", **options})
     assert caught.value.setting == setting
     assert caught.value.remedy
+
+
+def test_our_own_name_is_taken() -> None:
+    """A pipeline's topics never begin as rowmill's own do; the message says so, and names like it are allowed."""
+    with pytest.raises(ConfigError, match=r"its topics would begin with 'rowmill\.', which are rowmill's own"):
+        Pipeline("rowmill")
+    assert [Pipeline(name).name for name in ("Rowmill", "rowmill2", "rowmill-a")] == [
+        "Rowmill",
+        "rowmill2",
+        "rowmill-a",
+    ]
 
 
 def test_defaults() -> None:

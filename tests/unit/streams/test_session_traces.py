@@ -15,10 +15,11 @@ from rowmill.state.execution import Wanted
 from rowmill.state.model import Committed, Outgoing, TopicPartition
 from rowmill.state.rocksdb import RocksStores, forget_group, group_folders
 from rowmill.state.store import StoreError
+from rowmill.streams.dlq_letters import marks_topic
 from rowmill.streams.errors import GroupBusyError, SessionError
 from rowmill.streams.known_sessions import find_sessions
 from rowmill.streams.options import WorkerOptions
-from rowmill.streams.session import SESSION_HEADER, SOURCE_HEADER, Session
+from rowmill.streams.session import INPUT_ROW_HEADER, SESSION_HEADER, SOURCE_HEADER, Session
 from rowmill.streams.session_records import CONTROL_TOPIC, SessionRecord
 from rowmill.streams.session_traces import (
     Kept,
@@ -37,6 +38,7 @@ pytestmark = pytest.mark.timeout(60)
 
 HERE = platform.node()
 GROUP = "rowmill.p.monday"
+NEXT = "another partition"
 
 
 def run(check: Callable[[], Awaitable[None]]) -> None:
@@ -100,6 +102,11 @@ def make_store(root: Path, group: str = GROUP) -> None:
     stores = RocksStores(root)
     stores.open(group, TopicPartition("t", 0))
     stores.close()
+
+
+def found_topics(traces: Traces) -> set[str]:
+    """The topics that would go."""
+    return {trace.name for trace in traces.found if trace.kind == "topic"}
 
 
 def folders(traces: Traces) -> set[tuple[str, str]]:
@@ -226,6 +233,59 @@ def test_topics_that_may_be_anothers_stay(tmp_path: Path) -> None:
     run(check)
 
 
+@pytest.mark.parametrize("foreign", [0, 1, 5_000, 5_001, 10_000, NEXT])
+@pytest.mark.parametrize("what", ["emitted", "sink", "source"])
+def test_a_topic_with_others_rows_stays_wherever_they_stand(tmp_path: Path, what: str, foreign: int | str) -> None:
+    """Another session of the same name writes to it: one row of it saves a topic, behind ten thousand of ours, too."""
+
+    async def check() -> None:
+        name = {"emitted": "side.monday", "sink": "s.monday", "source": "t.monday"}[what]
+        record = a_record(sources=("t", "t.monday"), owns_source=True)
+        broker = a_broker(record, a_record(pipeline="q", sources=("t2",), sink="other.monday"))
+        first, second = broker.make(name, 2)
+        ours = ((SOURCE_HEADER, b"t/0/0/0"), (SESSION_HEADER, b"monday"), (INPUT_ROW_HEADER, b"7"))
+        theirs = ((SOURCE_HEADER, b"t2/0/0/0"), (SESSION_HEADER, b"monday"))
+        rows = [Outgoing(None, b"{}", 0, ours)] * 10_000
+        broker.log(first).append(first, rows)
+        assert name in found_topics(await look(broker, tmp_path)), "all of it is ours"
+        broker.make(name, 2)
+        if isinstance(foreign, int):
+            rows.insert(foreign, Outgoing(None, b"{}", 0, theirs))
+        else:
+            broker.log(second).append(second, [Outgoing(None, b"{}", 0, theirs)])
+        broker.log(first).append(first, rows)
+        traces = await look(broker, tmp_path)
+        assert name not in found_topics(traces)
+        told = {kept.name: kept.why for kept in traces.kept if kept.name == name}
+        assert told == {name: "others write to it as well"}
+        await remove_traces(broker, traces, options=at(tmp_path), clock=FakeClock())
+        assert name in await broker.topics()
+
+    run(check)
+
+
+@pytest.mark.parametrize("session", ["monday", "live"])
+@pytest.mark.parametrize("letters", ["payments", "payments.monday", "q.dlq", "p.dlq.tuesday"])
+def test_a_record_cannot_name_anothers_topic_as_its_dead_letters(tmp_path: Path, letters: str, session: str) -> None:
+    """Anybody may write a record: where a session's dead letters are is told by its name, and only these go."""
+
+    async def check() -> None:
+        record = a_record(session, dead_letters=letters)
+        broker = a_broker(record)
+        broker.write(broker.make(letters)[0], b'{"n": 1}')
+        own = {"p.dlq.monday", marks_topic("p.dlq.monday")} if session == "monday" else {"p.dlq"}
+        for name in {*own, marks_topic(letters)}:
+            broker.make(name)
+        traces = await look(broker, tmp_path, record.group)
+        assert not {letters, marks_topic(letters)} & found_topics(traces)
+        await remove_traces(broker, traces, options=at(tmp_path), clock=FakeClock())
+        left = set(await broker.topics())
+        assert left >= {letters, marks_topic(letters)}
+        assert left.isdisjoint(own) is (session == "monday")
+
+    run(check)
+
+
 def test_a_sink_of_two_stays(tmp_path: Path) -> None:
     """Where two pipelines' sessions of one name have one sink, neither's cleaning takes it."""
 
@@ -247,7 +307,7 @@ def test_a_sink_of_two_stays(tmp_path: Path) -> None:
 def test_the_live_session_owns_nothing_shared(owns_source: bool) -> None:
     """Its source, sink and dead letters are never its own, whatever its record says."""
     live = Session("p", owns_source=owns_source)
-    assert set(owned_topics(live, ["t"], "s", "p.dlq")) == {
+    assert set(owned_topics(live, ["t"], "s")) == {
         "rowmill.p.budget",
         "rowmill.p.t.answers",
         "rowmill.p.t.changelog",

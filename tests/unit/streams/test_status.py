@@ -9,24 +9,27 @@ from typing import Any
 import pytest
 from rowmill.handlers.budget import Entry
 from rowmill.state.checkpoint import CHECKPOINT_KEY
+from rowmill.state.codec import dumps
 from rowmill.state.execution import ExecutionState, Wanted
 from rowmill.state.model import Committed, Outgoing, TopicPartition
 from rowmill.streams.brokers.base import MemberInfo, TopicSpec
+from rowmill.streams.cli.status_view import Place, detail
 from rowmill.streams.errors import BrokerError, TopicError
-from rowmill.streams.event_records import EventRecord
+from rowmill.streams.event_records import EVENTS_TOPIC, EventRecord
 from rowmill.streams.ledger import TopicLedger
 from rowmill.streams.session import Session
 from rowmill.streams.session_records import SessionRecord
 from rowmill.streams.status import RowCounts, SessionStatus, session_statuses
 from rowmill.streams.status_state import Phase, derive
 from rowmill.streams.status_workers import words_of, workers_of
-from support.fake_broker import FakeBroker
+from support.fake_broker import FakeBroker, FakeMember
 from support.fake_clock import FakeClock
 from support.sessions import MadeSession, progress, say
 
 LIVE = Session("p")
 TPS = [TopicPartition("p", 0), TopicPartition("p", 1)]
 NOW = 1_750_000_000_000
+PLACE = Place("kafka://broker:9092")
 DONE = Committed(20, '{"v":1,"input":"x","digest":"y","done":true}')
 NOT_DONE = Committed(20, '{"v":1,"input":"x","digest":"y","done":false}')
 
@@ -301,17 +304,23 @@ async def test_a_partition_whose_rows_are_gone_is_done(broker: FakeBroker, clock
     assert (await statuses(broker, clock))[0].state is ExecutionState.COMPLETED
 
 
-async def test_live_workers(broker: FakeBroker, clock: FakeClock) -> None:
-    """What a worker says lands at its partitions, and ages; once it has left the group it counts no more."""
-    await MadeSession(LIVE, committed=(4, 4)).make(broker, clock)
-    joined = broker.member(LIVE.group, ["p"])
+async def join(broker: FakeBroker) -> FakeMember:
+    """A worker joins the live session's group, and is given its partitions."""
 
     class Listener:
         def assigned(self, partitions: frozenset[TopicPartition], consecutive: bool) -> None: ...
 
         async def revoked(self, partitions: frozenset[TopicPartition]) -> None: ...
 
+    joined = broker.member(LIVE.group, ["p"])
     await joined.join(Listener())
+    return joined
+
+
+async def test_live_workers(broker: FakeBroker, clock: FakeClock) -> None:
+    """What a worker says lands at its partitions, and ages; once it has left the group it counts no more."""
+    await MadeSession(LIVE, committed=(4, 4)).make(broker, clock)
+    joined = await join(broker)
     said = {
         "p_0": {"in_flight": 3, "oldest_offset": 5, "oldest_seconds": 2.0},
         "p_1": {"in_flight": 1, "oldest_offset": 9, "oldest_seconds": 7.5},
@@ -333,6 +342,66 @@ async def test_live_workers(broker: FakeBroker, clock: FakeClock) -> None:
     await joined.leave()
     (status,) = await statuses(broker, clock)
     assert (status.activity, status.rate, status.oldest, status.breakers) == ("idle", None, None, {})
+
+
+@pytest.mark.parametrize("skew_ms", [-3_600_000, -6_000, 0, 6_000, 3_600_000])
+async def test_a_workers_clock_does_not_count(broker: FakeBroker, clock: FakeClock, skew_ms: int) -> None:
+    """A worker whose clock is slow is not silent, and one whose clock is fast is not fresh: the broker dates words."""
+    await MadeSession(LIVE, committed=(4, 4)).make(broker, clock)
+    await join(broker)
+    (events,) = broker.make(EVENTS_TOPIC)
+
+    def speak(worker: str, ago_ms: int, rows: int) -> None:
+        event = progress(LIVE, worker, NOW - ago_ms + skew_ms, rows=rows, partitions=TPS, p_0={"oldest_seconds": 1.0})
+        broker.log(events).append(events, [Outgoing(LIVE.group.encode(), event.encode(), NOW - ago_ms)])
+
+    speak("aa", 5_500, 0)
+    (status,) = await statuses(broker, clock)
+    assert [(worker.is_silent, worker.seen_seconds) for worker in status.workers] == [(True, 5.5)]
+    speak("aa", 500, 20)
+    (status,) = await statuses(broker, clock)
+    assert [(worker.is_silent, worker.seen_seconds) for worker in status.workers] == [(False, 0.5)]
+    assert (status.rate, status.partitions[0].oldest_seconds) == (4.0, 1.5)
+
+
+HOSTILE: list[Any] = ["abc", "\x1b[31m", "5", True, [1], {"x": 1}]
+
+
+@pytest.mark.parametrize("value", [*HOSTILE, -5, 1e308, 2**63], ids=repr)
+@pytest.mark.parametrize("name", ["committed", "position", "buffered", "in_flight", "oldest_offset", "oldest_seconds"])
+async def test_what_is_no_number_of_a_partition_is_left_out(
+    broker: FakeBroker, clock: FakeClock, name: str, value: Any
+) -> None:
+    """Anybody may write to the events: the partition is shown as if its worker had not said that."""
+    await MadeSession(LIVE, committed=(4, 4)).make(broker, clock)
+    await join(broker)
+    honest = {"state": "running", "in_flight": 3, "oldest_offset": 5, "oldest_seconds": 2.0}
+    missing = {each: number for each, number in honest.items() if each != name}
+    (status,) = await shown(broker, clock, p_0={**honest, name: value})
+    (partition, _) = status.partitions
+    assert (partition.in_flight, partition.oldest_offset, partition.oldest_seconds) == (
+        missing.get("in_flight", 0), missing.get("oldest_offset"), missing.get("oldest_seconds")
+    )  # fmt: skip
+    assert detail(status, PLACE)
+    assert dumps(status.to_dict())
+
+
+@pytest.mark.parametrize("value", [*HOSTILE, 2**62, -5, 1e308, 253_402_300_800_000], ids=repr)
+async def test_what_is_no_number_of_a_worker_is_left_out(broker: FakeBroker, clock: FakeClock, value: Any) -> None:
+    """So is when it started, and how much it has in work: a time that has no name is none."""
+    await MadeSession(LIVE, committed=(4, 4)).make(broker, clock)
+    await join(broker)
+    (status,) = await shown(broker, clock, started_ms=value, in_flight=value)
+    (worker,) = status.workers
+    assert (worker.started_ms, worker.in_flight, worker.name) == (None, 0, "aa")
+    assert detail(status, PLACE)
+    assert dumps(status.to_dict())
+
+
+async def shown(broker: FakeBroker, clock: FakeClock, **said: Any) -> list[SessionStatus]:
+    """The sessions when a worker said that just now."""
+    await say(broker, clock, progress(LIVE, "aa", NOW, partitions=TPS, **said))
+    return await statuses(broker, clock)
 
 
 async def test_the_budget(broker: FakeBroker, clock: FakeClock) -> None:
@@ -425,3 +494,12 @@ async def test_a_changelog_narrower_than_its_source(broker: FakeBroker, clock: F
     broker.grow("p", 3)
     (status,) = await statuses(broker, clock)
     assert [(p.committed, p.rows.rows) for p in status.partitions] == [(4, 4), (None, 0), (None, 0)]
+
+
+async def test_a_state_that_is_none_is_left_out(broker: FakeBroker, clock: FakeClock) -> None:
+    """A partition's state that is a list does not end the command."""
+    await MadeSession(LIVE, committed=(4, 4)).make(broker, clock)
+    await join(broker)
+    await say(broker, clock, progress(LIVE, "aa", NOW - 500, rows=0, partitions=TPS, p_0={"state": ["y"]}))
+    (status,) = await statuses(broker, clock)
+    assert status.workers
