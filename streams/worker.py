@@ -57,6 +57,7 @@ _STORE_THREADS = 4
 _FETCH_SECONDS = 0.1
 _FETCH_PATIENCE_SECONDS = 1.0
 _REVOKE_SECONDS = 0.5
+_CANCEL_SECONDS = 1.0
 _ELSEWHERE_SECONDS = 1.0
 _PROBE_SECONDS = 10.0
 _OTHERS_SECONDS = 10.0
@@ -924,6 +925,8 @@ class Worker(AssignmentListener):
             if not self.was_cancelled:
                 log.warning("%d partitions did not finish within %g s", len(late), self.options.drain_timeout)
             await _flush(self._tasks.values(), goodbye=True)  # nobody died: rows in work are not to blame
+            for task in self._tasks.values():
+                task.hold()  # a commit that begins now would be cut off, and its transaction left open
 
     async def _leave(self) -> None:
         self._epoch += 1
@@ -935,7 +938,9 @@ class Worker(AssignmentListener):
         for tp in list(self._owners):
             self._part(tp)
         if self._parting:
-            await asyncio.wait(self._parting, timeout=self.options.broker_timeout)
+            # A handler that swallows its cancellation is not waited for, once nobody wants what it does.
+            patience = _CANCEL_SECONDS if self.was_cancelled else self.options.broker_timeout
+            await asyncio.wait(self._parting, timeout=patience)
         if member is not None:
             await member.leave()
 

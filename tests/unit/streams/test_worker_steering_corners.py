@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from typing import Any
 
 import pytest
@@ -378,3 +379,25 @@ async def test_what_is_kept_behind_a_slow_row_is_bounded(monkeypatch: pytest.Mon
     hold.set()
     worker.finish_at(bench.ends)
     await asyncio.wait_for(run, SOON)
+
+
+async def test_cancelled_amid_a_handler_that_will_not_end(bench: Bench) -> None:
+    """A handler that swallows its cancellation, in a partition that keeps its order, holds up no cancelled worker."""
+    begun, end = asyncio.Event(), asyncio.Event()
+
+    async def stubborn(row: dict[str, Any]) -> dict[str, Any]:
+        begun.set()
+        while not end.is_set():
+            with contextlib.suppress(asyncio.CancelledError):
+                await end.wait()
+        return row
+
+    worker = bench.worker(stubborn, ordering="partition", broker_timeout=60.0)
+    run = asyncio.create_task(worker.run())
+    try:
+        await asyncio.wait_for(begun.wait(), 10)
+        worker.cancel()
+        await asyncio.wait_for(asyncio.shield(run), 20)
+    finally:
+        end.set()
+        await asyncio.wait({run}, timeout=20)
