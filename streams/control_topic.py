@@ -40,6 +40,9 @@ Change = Callable[[SessionRecord | None], SessionRecord | None]
 READ_TIMEOUTS = 3
 """How many calls' time reading the whole topic may take."""
 _FENCED_ATTEMPTS = 10
+_OPEN_SECONDS = 10.0
+"""How long a broker keeps a killed writer's transaction open, which hides what others wrote after it. Kafka looks for
+such ones every ten seconds."""
 _FAILED_ATTEMPTS = 3
 _SHOW_SECONDS = 2.0
 """How long what was committed may stay invisible before it counts as left open."""
@@ -251,7 +254,7 @@ class _Update:
         )
 
     async def _start(self) -> TransactionalProducer:
-        producer = self.control.broker.transactional_producer(f"{self.group}.control")
+        producer = self.control.broker.transactional_producer(f"{self.group}.control", timeout=_OPEN_SECONDS)
         try:
             async with deadline(self.control.timeout, f"{self.group}: start the transactional producer"):
                 await producer.start()

@@ -83,7 +83,11 @@ class ControlWatch:
             while not self._is_closed:
                 try:
                     found = await self._next()
-                except (BrokerError, TopicError, OffsetOutOfRangeError, OSError) as error:
+                except Exception as error:
+                    if self._was_closed():  # amid a fetch, to which clients answer in ways of their own
+                        return
+                    if not isinstance(error, (BrokerError, TopicError, OffsetOutOfRangeError, OSError)):
+                        raise
                     await self._recover(error)
                     await self._clock.sleep(pause)
                     pause = min(pause * 2, _LONGEST_PAUSE)
@@ -97,6 +101,9 @@ class ControlWatch:
                         await self._clock.sleep(POLL_SECONDS)
         finally:
             await self._let_go()
+
+    def _was_closed(self) -> bool:
+        return self._is_closed
 
     async def close(self) -> None:
         """Let go of the reader; :meth:`run` ends within seconds."""

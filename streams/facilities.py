@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from ..handlers.budget import Account
 from ..handlers.chain import Chain, with_inner
@@ -60,6 +61,7 @@ class Facilities:
         self._shared: SharedAnswers | None = None
         self._budget = pipeline.budget
         self._ledger: TopicLedger | None = None
+        self._last_words: dict[str, Any] | None = None  # of the account
         self.runtime = Runtime(
             pool,
             clock,
@@ -135,8 +137,15 @@ class Facilities:
         if self._shared is not None:
             await self._shared.load(tp)
 
+    @property
+    def budget(self) -> dict[str, Any] | None:
+        """What the account says, or said last; None without a budget."""
+        account = self.runtime.account
+        return self._last_words if account is None else account.to_dict()
+
     async def close(self) -> None:
         """Let go of everything; answers that are on their way to others get some seconds."""
+        self._last_words = self.budget
         if self._shared is not None:
             await self._shared.flush(_FLUSH_SECONDS)
             await self._shared.close()

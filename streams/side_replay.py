@@ -373,9 +373,9 @@ class EarlyEnd(Broker):
         """As ever."""
         return self._broker.producer()
 
-    def transactional_producer(self, transactional_id: str) -> TransactionalProducer:
+    def transactional_producer(self, transactional_id: str, *, timeout: float | None = None) -> TransactionalProducer:
         """As ever."""
-        return self._broker.transactional_producer(transactional_id)
+        return self._broker.transactional_producer(transactional_id, timeout=timeout)
 
     def _end(self, tp: TopicPartition) -> int:
         return self._ends.get(tp, 0)

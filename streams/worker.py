@@ -378,7 +378,6 @@ class Worker(AssignmentListener):
 
     def snapshot(self) -> WorkerSnapshot:
         """How the worker and its partitions stand now."""
-        account = self._runtime.account
         partitions = tuple(self._partition_snapshot(tp) for tp in sorted(self._owners))
         return WorkerSnapshot(
             worker=self.name,
@@ -392,7 +391,7 @@ class Worker(AssignmentListener):
             partitions=partitions,
             stages={name: counts.to_dict() for name, counts in self._runtime.stage_counts.items()},
             breakers={name: breaker.state for name, breaker in self._runtime.breakers.items()},
-            budget=None if account is None else account.to_dict(),
+            budget=self._facilities.budget,
             events_dropped=self._steering.events_dropped if self._steering is not None else 0,
             observer_errors=sum(self._audience.dispatcher.errors.values()) if self._audience is not None else 0,
         )

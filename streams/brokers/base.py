@@ -380,5 +380,9 @@ class Broker(ABC):
         """An idempotent producer without transactions."""
 
     @abstractmethod
-    def transactional_producer(self, transactional_id: str) -> TransactionalProducer:
-        """A producer for that id. Nothing happens before its ``start``."""
+    def transactional_producer(self, transactional_id: str, *, timeout: float | None = None) -> TransactionalProducer:
+        """A producer for that id. Nothing happens before its ``start``.
+
+        ``timeout``: seconds after which the broker ends a transaction that is left open, and that holds up readers of
+        its topics meanwhile; None: a minute. A broker whose transactions end with their process needs none.
+        """

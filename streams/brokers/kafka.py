@@ -487,10 +487,10 @@ class KafkaBroker(Broker):
         """An idempotent producer."""
         return KafkaProducer(self._producer(enable_idempotence=True), self._limits, self._sizes)
 
-    def transactional_producer(self, transactional_id: str) -> TransactionalProducer:
-        """A transactional producer; a transaction that is left open ends by itself after a minute."""
+    def transactional_producer(self, transactional_id: str, *, timeout: float | None = None) -> TransactionalProducer:
+        """A transactional producer; a transaction that is left open ends by itself, after a minute unless told."""
         return KafkaTransactionalProducer(
-            self._producer(transactional_id=transactional_id, transaction_timeout_ms=60_000),
+            self._producer(transactional_id=transactional_id, transaction_timeout_ms=int((timeout or 60.0) * 1000)),
             self._limits,
             self._sizes,
             transactional_id,

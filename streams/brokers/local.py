@@ -249,8 +249,11 @@ class LocalBroker(Broker):
         """A producer whose sends are written as they come."""
         return LocalProducer(self)
 
-    def transactional_producer(self, transactional_id: str) -> LocalTransactionalProducer:
-        """A producer whose sends are written at ``end``."""
+    def transactional_producer(
+        self, transactional_id: str, *, timeout: float | None = None
+    ) -> LocalTransactionalProducer:
+        """A producer whose sends are written at ``end``: nothing of it is left open."""
+        del timeout
         return LocalTransactionalProducer(self, transactional_id)
 
     # -- for this file's other classes -----------------------------------------------------------------

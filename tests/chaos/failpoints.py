@@ -108,9 +108,9 @@ class FailingBroker:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._inner, name)
 
-    def transactional_producer(self, transactional_id: str) -> TransactionalProducer:
+    def transactional_producer(self, transactional_id: str, *, timeout: float | None = None) -> TransactionalProducer:
         """A producer that passes failpoints."""
-        inner = self._inner.transactional_producer(transactional_id)
+        inner = self._inner.transactional_producer(transactional_id, timeout=timeout)
         if "/" not in transactional_id:  # of the control topic: it writes no rows
             return inner
         return FailingProducer(inner, transactional_id, self._points)

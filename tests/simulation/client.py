@@ -148,7 +148,7 @@ class Connection(Broker):
     def producer(self) -> PlainProducer:
         return PlainProducer(self)
 
-    def transactional_producer(self, transactional_id: str) -> SimProducer:
+    def transactional_producer(self, transactional_id: str, *, timeout: float | None = None) -> SimProducer:
         return SimProducer(self, transactional_id)
 
 

@@ -338,7 +338,9 @@ class FakeBroker(Broker):
     def producer(self) -> FakeProducer:
         return FakeProducer(self)
 
-    def transactional_producer(self, transactional_id: str) -> FakeTransactionalProducer:
+    def transactional_producer(
+        self, transactional_id: str, *, timeout: float | None = None
+    ) -> FakeTransactionalProducer:
         return FakeTransactionalProducer(self, transactional_id)
 
     # -- for its parts ---------------------------------------------------------------------------------

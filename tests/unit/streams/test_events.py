@@ -599,7 +599,7 @@ def test_a_producer_is_a_producer() -> None:
             made.append(super().producer())
             return made[-1]  # type: ignore[return-value]
 
-        def transactional_producer(self, transactional_id: str) -> Any:
+        def transactional_producer(self, transactional_id: str, *, timeout: float | None = None) -> Any:
             raise AssertionError
 
     async def work(bench: EventBench) -> None:

@@ -193,9 +193,9 @@ async def test_ends_are_noted(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> 
         if event.kind == "worker_stopped":
             stopped.set()
 
-    def slow(transactional_id: str) -> TransactionalProducer:
+    def slow(transactional_id: str, *, timeout: float | None = None) -> TransactionalProducer:
         nonlocal made
-        producer = make(transactional_id)
+        producer = make(transactional_id, timeout=timeout)
         made += transactional_id.endswith(".control")
         if transactional_id.endswith(".control") and made > 1:  # the first one enters the session
             start = producer.start
