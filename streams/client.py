@@ -22,7 +22,7 @@ from .inputs import Input, InputReader, InputRow, make_input
 from .loops import LoopThread, run_blocking
 from .partitioning import partition_for
 from .session import check_topic
-from .tracing import publishing
+from .tracing import publishing, system_of
 
 if TYPE_CHECKING:
     import pandas as pd  # noqa: TID251 - for the type only
@@ -110,7 +110,7 @@ async def publish_input(
     done = Published(topic)
     producer, reader = broker.producer(), InputReader(rows)
     pending: list[Awaitable[None]] = []
-    system = "kafka" if broker.url.startswith("kafka") else "rowmill"
+    system = system_of(broker.url)
     try:
         async with deadline(_CALL_SECONDS, "start publishing"):
             await producer.start()

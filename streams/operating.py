@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from ..state.clock import SystemClock
@@ -27,11 +28,13 @@ class Answer:
         session: the session's short name.
         record: its record, as it is now.
         standing: how far the workers are; None where nobody waited for them.
+        seconds: how long the wait took.
     """
 
     session: str
     record: SessionRecord
     standing: Standing | None
+    seconds: float = 0.0
 
     @property
     def is_carried_out(self) -> bool:
@@ -117,14 +120,28 @@ def _ask(session: str, wanted: Wanted, url: str | None, reason: str, by: str, wa
 
 
 async def ask(
-    broker: Broker, session: str, wanted: Wanted, *, reason: str = "", by: str, wait: float | None = None
+    broker: Broker,
+    session: str,
+    wanted: Wanted,
+    *,
+    by: str,
+    reason: str = "",
+    wait: float | None = None,
+    on_wait: Callable[[str], object] = lambda _: None,
 ) -> Answer:
-    """Ask something of a session, on a started broker; see :func:`pause_session`."""
-    control = ControlTopic(broker, clock=SystemClock(), timeout=_CALL_SECONDS)
+    """Ask something of a session, on a started broker; see :func:`pause_session`.
+
+    ``on_wait`` is called with the session's short name when the request is recorded and its workers are waited for.
+    """
+    clock = SystemClock()
+    control = ControlTopic(broker, clock=clock, timeout=_CALL_SECONDS)
     found = await find_session(control, session)
     follower = Follower(control, found.group) if wait is not None else None
     if follower is not None:
         await follower.begin()
     record = await request(control, found.group, wanted, by=by, reason=reason)
-    standing = await follower.wait(wanted, wait) if follower is not None and wait is not None else None
-    return Answer(found.name, record, standing)
+    began, standing = clock.monotonic(), None
+    if follower is not None and wait is not None:
+        on_wait(found.name)
+        standing = await follower.wait(wanted, wait)
+    return Answer(found.name, record, standing, clock.monotonic() - began)

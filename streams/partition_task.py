@@ -174,9 +174,7 @@ class PartitionTask:
     def snapshot(self) -> PartitionSnapshot:
         """How it stands now."""
         in_work = self._flying_rows or self._lot_rows
-        low = self._tracker.low_watermark
-        while self._begun and self._begun[0][0] <= low:
-            self._begun.popleft()
+        low = self._forget_begun()
         since = self._begun[0][1] if in_work and self._begun else None
         return PartitionSnapshot(
             tp=self.tp,
@@ -362,11 +360,16 @@ class PartitionTask:
         self.drain()
         self._on_halt(self.tp, failure)
 
-    def _note_begun(self, taken: Sequence[Record]) -> float:
-        now = self._clock.monotonic()
+    def _forget_begun(self) -> int:
+        """Forget when lots were begun that are done; gives the low watermark."""
         low = self._tracker.low_watermark
         while self._begun and self._begun[0][0] <= low:
             self._begun.popleft()
+        return low
+
+    def _note_begun(self, taken: Sequence[Record]) -> float:
+        now = self._clock.monotonic()
+        self._forget_begun()
         end = taken[-1].offset + 1
         if len(self._begun) >= _BEGUN_LOTS:  # one row holds up the low watermark: only its own moment matters now
             self._begun = deque(list(self._begun)[::2])

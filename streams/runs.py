@@ -38,7 +38,7 @@ from .progress import progress_bar
 from .results import CostEstimate, ErrorInfo, ExecutionResult, ProcessingStats
 from .session import INPUT_ERROR_HEADER, INPUT_ROW_HEADER, SOURCE_HEADER, Session, check_new_session
 from .session_traces import remove_owned
-from .tracing import publishing
+from .tracing import publishing, system_of
 from .worker import Worker, WorkerStats
 
 log = logging.getLogger(__name__)
@@ -255,8 +255,7 @@ class Publisher:
         mark = Committed(self.published + len(chunk), dumps(state).decode())
         async with deadline(self._timeout, "publish rows"):
             await producer.begin()
-            system = "kafka" if self._broker.url.startswith("kafka") else "rowmill"
-            with publishing(self._mark.topic, system) as trace:
+            with publishing(self._mark.topic, system_of(self._broker.url)) as trace:
                 for partition, records in self._spread(chunk, partitions, trace).items():
                     await (await producer.send(TopicPartition(self._mark.topic, partition), records))
             await producer.commit_offsets(self._group, {self._mark: mark})

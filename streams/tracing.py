@@ -73,6 +73,11 @@ def _tracer() -> Tracer | None:
     return provider.get_tracer(NAME)
 
 
+def system_of(url: str) -> str:
+    """What traces call a broker."""
+    return "kafka" if url.startswith("kafka") else "rowmill"
+
+
 def find_tracing(*, system: str, group: str, worker: str) -> Tracing | None:
     """What traces a worker's rows; None where the process has no provider of traces.
 

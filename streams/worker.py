@@ -43,7 +43,7 @@ from .processing import Effects, Processor
 from .session import Session
 from .session_records import SessionRecord
 from .snapshots import PartitionSnapshot, WorkerSnapshot, WorkerState
-from .tracing import Tracing, find_tracing
+from .tracing import Tracing, find_tracing, system_of
 from .transaction import CheckpointMovedError, Transactor
 
 if TYPE_CHECKING:
@@ -408,7 +408,7 @@ class Worker(AssignmentListener):
 
     def _trace(self) -> Tracing | None:
         """Have rows traced, where the process has a provider of traces."""
-        system = "kafka" if self._broker.url.startswith("kafka") else "rowmill"
+        system = system_of(self._broker.url)
         tracing = find_tracing(system=system, group=self.session.group, worker=self.name)
         if tracing is not None:
             self._chain, self._runtime.traced = tracing.chain(self._chain), tracing.stage

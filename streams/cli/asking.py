@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from ...state.execution import Wanted
-from .connect import CALL_SECONDS, broker_words, on_broker
+from .connect import broker_words, on_broker
 from .output import command, duration, plain, plural, say
 from .parser import Commands, add_broker, add_command, seconds
 
 if TYPE_CHECKING:
     from ..brokers.base import Broker
     from ..control_wait import Standing
-    from ..session_records import SessionRecord
+    from ..operating import Answer
 
 FAILED = 1
 
@@ -42,13 +42,6 @@ class Request:
     done: str
     alone: str
     back: str = ""
-
-
-class _Answer(NamedTuple):
-    record: SessionRecord
-    name: str
-    standing: Standing | None
-    seconds: float
 
 
 def add_request(commands: Commands, request: Request) -> None:
@@ -87,25 +80,15 @@ def _main(args: argparse.Namespace, request: Request) -> int:
     return 0 if answer.standing is None or answer.standing.is_carried_out else FAILED
 
 
-async def _ask(args: argparse.Namespace, broker: Broker, request: Request) -> _Answer:
-    from ...state.clock import SystemClock
-    from .. import control
-    from ..control_wait import Follower
-    from ..session_refs import find_session
+async def _ask(args: argparse.Namespace, broker: Broker, request: Request) -> Answer:
+    from ..operating import ask
 
-    clock = SystemClock()
-    topic = control.ControlTopic(broker, clock=clock, timeout=CALL_SECONDS)
-    found = await find_session(topic, args.session)
-    follower = Follower(topic, found.group) if args.wait is not None else None
-    if follower is not None:
-        await follower.begin()
-    record = await control.request(topic, found.group, request.wanted, by=who(), reason=args.reason)
-    began = clock.monotonic()
-    standing = None
-    if follower is not None:
-        say(f"{found.name}: {request.name} is recorded; waiting for its workers", quiet=args.quiet)
-        standing = await follower.wait(request.wanted, args.wait)
-    return _Answer(record, found.name, standing, clock.monotonic() - began)
+    def recorded(name: str) -> None:
+        say(f"{name}: {request.name} is recorded; waiting for its workers", quiet=args.quiet)
+
+    return await ask(
+        broker, args.session, request.wanted, by=who(), reason=args.reason, wait=args.wait, on_wait=recorded
+    )
 
 
 def who() -> str:
@@ -122,21 +105,21 @@ def who() -> str:
 # --- what is said ----------------------------------------------------------------------------------------------
 
 
-def _tell(args: argparse.Namespace, request: Request, answer: _Answer) -> None:
+def _tell(args: argparse.Namespace, request: Request, answer: Answer) -> None:
     standing = answer.standing
     if standing is None:
-        say(f"{answer.name}: {request.name} is recorded. {request.next}", quiet=args.quiet)
+        say(f"{answer.session}: {request.name} is recorded. {request.next}", quiet=args.quiet)
     elif not standing.is_carried_out:
-        say(f"rowmill: {answer.name}: not all workers have done it within {args.wait:g} s: {_waited_for(standing)}")
+        say(f"rowmill: {answer.session}: not all workers have done it within {args.wait:g} s: {_waited_for(standing)}")
         say("it is recorded all the same: they do it as soon as they can, and so does a worker that starts")
     elif standing.done:
         workers = plural(standing.done, "worker")
         verb = "is" if standing.done == 1 else "are"
-        say(f"{answer.name}: {workers} {verb} {request.done}, after {duration(answer.seconds)}", quiet=args.quiet)
+        say(f"{answer.session}: {workers} {verb} {request.done}, after {duration(answer.seconds)}", quiet=args.quiet)
     else:
-        say(f"{answer.name}: no worker is running; {request.alone}", quiet=args.quiet)
+        say(f"{answer.session}: no worker is running; {request.alone}", quiet=args.quiet)
     if request.back:
-        back = command("rowmill", request.back, answer.name, *broker_words(args))
+        back = command("rowmill", request.back, answer.session, *broker_words(args))
         say(f"to go on: {back}", quiet=args.quiet)
 
 
@@ -149,10 +132,10 @@ def _waited_for(standing: Standing) -> str:
     return ", ".join(parts)
 
 
-def _fields(answer: _Answer, request: Request) -> dict[str, Any]:
+def _fields(answer: Answer, request: Request) -> dict[str, Any]:
     record, standing = answer.record, answer.standing
     return {
-        "session": answer.name,
+        "session": answer.session,
         "group": record.group,
         "request": request.name,
         "wanted": record.wanted.value,

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
 from ...state.errors import ConfigError
+from .asking import who
 from .connect import on_broker
 from .output import command, cut, plain, plural, say, table
 from .parser import USAGE, Commands, Parser, add_broker, add_command, add_no_create, add_verbosity, whole_number
@@ -492,8 +493,8 @@ def _act(args: argparse.Namespace, place: _Place, targets: Targets | None) -> in
         if not args.execute:
             return await letters.plan(selection, targets)
         if targets is None:
-            return await letters.purge(selection, by=_who())
-        return await letters.retry(selection, targets, by=_who(), timestamp=args.timestamp)
+            return await letters.purge(selection, by=who())
+        return await letters.retry(selection, targets, by=who(), timestamp=args.timestamp)
 
     outcome = on_broker(args.broker, work)
     if args.json:
@@ -547,16 +548,6 @@ def _summary(args: argparse.Namespace, outcome: Outcome) -> dict[str, Any]:
         "missing": outcome.missing,
         "taken_over": outcome.fenced,
     }
-
-
-def _who() -> str:
-    import getpass
-    import socket
-
-    try:
-        return f"{getpass.getuser()}@{socket.gethostname()}"
-    except (OSError, KeyError, ImportError):  # a user id without a name, in a container
-        return socket.gethostname()
 
 
 # --- export ----------------------------------------------------------------------------------------------------
