@@ -121,7 +121,7 @@ MUTANTS = (
         "who was opening a partition in an older epoch goes on with it",
         (
             Change(Worker, "_run_task", "self._epochs.get(tp) != epoch or ", ""),
-            Change(Worker, "_work_on", " and self._epochs.get(tp) == epoch", ""),
+            Change(Worker, "_work_on", " or self._epochs.get(tp) != epoch", ""),
             Change(Worker, "_part", "owner.cancel()", "pass"),
         ),
     ),
