@@ -64,7 +64,7 @@ lint: setup ## ruff, mypy, import directions
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy -p rowmill
-	MYPYPATH=tests $(BIN)/mypy --explicit-package-bases tests
+	MYPYPATH=tests $(BIN)/mypy --explicit-package-bases tests benchmarks
 	$(BIN)/lint-imports
 
 format: setup ## let ruff mend and format what it can

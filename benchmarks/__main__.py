@@ -6,7 +6,8 @@
 
 It starts an Apache Kafka (or uses the one in ROWMILL_TEST_BOOTSTRAP), installs each peer into a virtual environment of
 its own when first needed, runs everybody alternately, each run in fresh processes, checks every result, and writes
-what it found as JSON below .rowmill/bench and as a table; ``--write`` puts that into benchmarks/RESULTS.md.
+what it found as JSON below .rowmill/bench and as a table; ``--write`` puts each work's figures, in place of its former
+ones, into benchmarks/RESULTS.md (and into benchmarks/results.json, from which that is written).
 """
 
 from __future__ import annotations
@@ -23,8 +24,9 @@ from types import FrameType
 from .bench import Bench
 from .cluster import ROOT, Cluster, apache_kafka
 from .peers.known import ALL
-from .report import Result, facts, markdown, write_json, write_section
+from .report import Part, facts, markdown, remembered, write_json, write_section
 
+_LEAST_RUNS = 5
 WORKS = {
     "P1": "p01_rows",
     "P2": "p02_stages",
@@ -45,15 +47,12 @@ def main() -> int:
     args = parse()
     logging.getLogger("aiokafka.cluster").setLevel(logging.CRITICAL)  # it complains of every topic that is gone
     signal.signal(signal.SIGTERM, _leave)
-    load_before = os.getloadavg()[0]
-    with apache_kafka() as (bootstrap, pid):
-        results = asyncio.run(measure(args, bootstrap, pid))
     is_judged = not args.small and args.rows is None
-    about = facts(args.runs, small=not is_judged, load_before=load_before)
-    text = markdown(results, about, is_judged=is_judged)
-    print(f"\n{text}\neverything that was measured: {write_json(results, about)}")
-    if args.write:
-        write_section(ROOT / "benchmarks" / "RESULTS.md", text)
+    with apache_kafka() as (bootstrap, pid):
+        found = asyncio.run(measure(args, bootstrap, pid, is_judged=is_judged))
+    parts = list(found.values())
+    print(f"\n{markdown(parts, is_judged=is_judged)}\neverything that was measured: {write_json(parts)}")
+    results = [result for part in parts for result in part.results]
     wrong = [run["complaint"] for result in results for run in result.runs if run.get("complaint")]
     missed = is_judged and any(not goal.is_met for result in results for goal in result.goals)
     return 1 if wrong or missed else 0
@@ -80,20 +79,25 @@ def parse() -> argparse.Namespace:
         parser.error(f"no such work: {', '.join(sorted(unknown))}; there are {', '.join(WORKS)}")
     if args.runs < 1 or (args.rows is not None and args.rows < 1):
         parser.error("--runs and --rows are whole numbers from 1")
-    if args.write and (args.small or args.rows or args.peers or args.works):
-        parser.error("--write is for everything at full size: it replaces the whole section")
+    if args.write and (args.small or args.rows or args.peers or args.runs < _LEAST_RUNS):
+        parser.error(f"--write is for whole works at full size, with all peers and at least {_LEAST_RUNS} runs")
     return args
 
 
-async def measure(args: argparse.Namespace, bootstrap: str, pid: int | None) -> list[Result]:
-    """Each work in turn."""
-    results: list[Result] = []
+async def measure(args: argparse.Namespace, bootstrap: str, pid: int | None, *, is_judged: bool) -> dict[str, Part]:
+    """Each work in turn; with ``--write``, its figures are written as soon as it is done."""
+    found: dict[str, Part] = {}
     only = None if args.peers is None else frozenset(name.strip() for name in args.peers.split(","))
     async with Cluster(bootstrap, pid) as cluster:
         bench = Bench(cluster, args.runs, args.rows, args.small, only)
         for work in args.works or WORKS:
-            results += await importlib.import_module(f".works.{WORKS[work]}", __package__).run(bench)
-    return results
+            load_before = os.getloadavg()[0]
+            results = await importlib.import_module(f".works.{WORKS[work]}", __package__).run(bench)
+            found[work] = Part(facts(args.runs, small=not is_judged, load_before=load_before), results)
+            if args.write:
+                known = remembered(ROOT / "benchmarks" / "results.json", {work: found[work]}, list(WORKS))
+                write_section(ROOT / "benchmarks" / "RESULTS.md", markdown(known, is_judged=True))
+    return found
 
 
 if __name__ == "__main__":

@@ -220,12 +220,9 @@ async def run_flow(stage: Any, rows: list[Row], runtime: Any) -> float:
 
 
 def make_flow(chain: Any, runtime: Any, on_done: Callable[[Any], None]) -> Any:
-    """A flow as this revision makes it; before there were runtimes, it took pool and slots."""
+    """A flow that nobody commits for."""
     from rowmill.handlers import flow as module
 
-    if hasattr(module, "Slots"):
-        slots: Any = module.Slots(chain.stages)
-        return module.Flow(chain, runtime, slots, on_done, lambda: None, by_key=False, linger=0.0)
     return module.Flow(chain, runtime, on_done, lambda: None, lambda *_: None, by_key=False, linger=0.0)
 
 

@@ -8,7 +8,7 @@ import platform
 import subprocess
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -176,16 +176,30 @@ def as_runs(seen: Mapping[str, Sequence[Measured]]) -> list[dict[str, Any]]:
 # --- text ------------------------------------------------------------------------------------------------------------
 
 
-def markdown(results: Sequence[Result], facts: Mapping[str, str], *, is_judged: bool) -> str:
-    """All of it: goals first, then each work's table. Verdicts only where sizes are those that goals are about."""
-    lines = [", ".join(f"{name} {value}" for name, value in facts.items()) + ".", ""]
-    lines += ["Ratios are of medians; in brackets the least and the most, of pairs of runs in the same round.", ""]
-    goals = [(result, goal) for result in results for goal in result.goals]
+@dataclass(frozen=True, slots=True)
+class Part:
+    """What one run of the program found of one work.
+
+    Attributes:
+        facts: where and with what it was measured.
+        results: of the work, one for each variant.
+    """
+
+    facts: Mapping[str, str]
+    results: Sequence[Result]
+
+
+def markdown(parts: Sequence[Part], *, is_judged: bool) -> str:
+    """All of it: goals first, then each work's tables. Verdicts only where sizes are those that goals are about."""
+    lines = ["Ratios are of medians; in brackets the least and the most, of pairs of runs in the same round.", ""]
+    goals = [(result, goal) for part in parts for result in part.results for goal in result.goals]
     if goals:
         lines += _table(["work", "goal", "found", ""], [_goal_line(*each, is_judged=is_judged) for each in goals])
-    for result in results:
-        lines += ["", f"**{result.work}** {result.title}", "", *_table(result.headings, result.lines)]
-        lines += ["", *(f"- {note}" for note in result.notes)] if result.notes else []
+    for part in parts:
+        for result in part.results:
+            lines += ["", f"**{result.work}** {result.title}", "", *_table(result.headings, result.lines)]
+            lines += ["", *(f"- {note}" for note in result.notes)] if result.notes else []
+        lines += ["", ", ".join(f"{name} {value}" for name, value in part.facts.items()) + "."]
     return "\n".join(lines) + "\n"
 
 
@@ -231,23 +245,38 @@ def _said(*command: str) -> str:
     return done.stdout.strip()
 
 
-def write_json(results: Sequence[Result], facts: Mapping[str, str]) -> Path:
-    """Everything that was measured, below .rowmill/bench."""
+def write_json(parts: Sequence[Part]) -> Path:
+    """Everything that was measured, each run of it, below .rowmill/bench."""
     folder = ROOT / ".rowmill" / "bench"
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / time.strftime("%Y%m%d-%H%M%S.json")
-    content = {"facts": facts, "works": [_as_dict(result) for result in results]}
-    file.write_text(json.dumps(content, indent=1))
+    file.write_text(json.dumps([asdict(part) for part in parts], indent=1))
     return file
 
 
-def _as_dict(result: Result) -> dict[str, Any]:
+def remembered(file: Path, newest: Mapping[str, Part], order: Sequence[str]) -> list[Part]:
+    """The last figures of every work, in order, with these among them; ``file`` remembers them for the next time.
+
+    All works together take more than an hour, so they need not be measured in one go; the peers of one work are.
+    """
+    content = json.loads(file.read_text()) if file.exists() else {}
+    for work, part in newest.items():
+        content[work] = asdict(replace(part, results=[replace(result, runs=()) for result in part.results]))
+    content = {work: content[work] for work in order if work in content}
+    file.write_text(json.dumps(content, indent=1) + "\n")
+    return [_part(each) for each in content.values()]
+
+
+def _part(content: Mapping[str, Any]) -> Part:
+    return Part(content["facts"], [_result(each) for each in content["results"]])
+
+
+def _result(content: Mapping[str, Any]) -> Result:
     goals = [
-        {"what": goal.what, "limit": goal.limit, "at_least": goal.at_least, "met": goal.is_met, "unit": goal.unit}
-        | ({} if goal.found is None else {"found": goal.found.middle, "from": goal.found.least, "to": goal.found.most})
-        for goal in result.goals
+        Goal(**{**goal, "found": None if goal["found"] is None else Figure(**goal["found"])})
+        for goal in content["goals"]
     ]
-    return {"work": result.work, "title": result.title, "goals": goals, "runs": list(result.runs)}
+    return Result(**{**content, "goals": goals})
 
 
 def write_section(file: Path, text: str) -> None:

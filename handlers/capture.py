@@ -17,7 +17,7 @@ import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextvars import ContextVar
+from contextvars import ContextVar, Token
 from dataclasses import replace
 from datetime import UTC, datetime
 from functools import wraps
@@ -78,8 +78,40 @@ def current_row() -> CurrentRow | None:
 
 def captured(stage: Stage) -> Stage:
     """The stage, made to tell which row it works on while its handler runs. Its rows need contexts from now on."""
-    wrap = _wrap_async if stage.is_async else _wrap
-    return replace(stage, call=wrap(stage.call, stage.name, stage.takes_context), takes_context=True)
+    call: Callable[..., Any]
+    if stage.is_async:
+        call = CapturedCall(stage.call, stage.name, takes_context=stage.takes_context)
+    else:
+        call = _wrap(stage.call, stage.name, stage.takes_context)
+    return replace(stage, call=call, takes_context=True)
+
+
+class CapturedCall:
+    """An async handler that tells which row it works on.
+
+    An object and no function, so that the hot path (:func:`~rowmill.handlers.chain.bare_attempt`) can do by itself what
+    the call does: a coroutine around the handler's own costs 0.7 µs a row.
+
+    Attributes:
+        handler: what is called.
+        stage: its stage's name.
+        takes_context: whether it takes the row's context.
+    """
+
+    __slots__ = ("handler", "stage", "takes_context")
+
+    def __init__(self, handler: Callable[..., Any], stage: str, *, takes_context: bool) -> None:
+        self.handler = handler
+        self.stage = stage
+        self.takes_context = takes_context
+
+    async def __call__(self, row: Any, context: Any) -> Any:
+        """Call the handler."""
+        token = tell(context, self.stage)
+        try:
+            return await (self.handler(row, context) if self.takes_context else self.handler(row))
+        finally:
+            forget(token)
 
 
 def _wrap(call: Callable[..., Any], stage: str, takes_context: bool) -> Callable[..., Any]:
@@ -94,19 +126,13 @@ def _wrap(call: Callable[..., Any], stage: str, takes_context: bool) -> Callable
     return captured_call
 
 
-def _wrap_async(call: Callable[..., Any], stage: str, takes_context: bool) -> Callable[..., Any]:
-    @wraps(call)
-    async def captured_call(row: Any, context: Any) -> Any:
-        token = _CURRENT.set((context, stage))
-        try:
-            return await (call(row, context) if takes_context else call(row))
-        finally:
-            _reset(token)
-
-    return captured_call
+def tell(context: Any, stage: str) -> Token[Any]:
+    """From now on the running task works on this row; until :func:`forget`."""
+    return _CURRENT.set((context, stage))
 
 
-def _reset(token: Any) -> None:
+def forget(token: Token[Any]) -> None:
+    """It does not any more."""
     try:  # noqa: SIM105 - contextlib.suppress would cost more than all the rest
         _CURRENT.reset(token)
     except ValueError:  # the call is being closed by somebody else's context, which never had the variable set

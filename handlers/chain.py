@@ -18,6 +18,7 @@ from ..state.context import sum_costs
 from ..state.errors import BadRowError, ConfigError
 from ..state.model import Row
 from .calls import await_call, raise_if_cancelled, raise_if_ours
+from .capture import CapturedCall, forget, tell
 from .context import NO_COST, RowContext
 from .errors import MisfitError
 from .frames import rows_to_frame, split_result
@@ -239,19 +240,27 @@ async def attempt(stage: Stage, row: Row, context: RowContext | None, runtime: R
 
 async def bare_attempt(stage: Stage, row: Row, context: RowContext | None, runtime: Runtime) -> Outcome:
     """As :func:`attempt`, for a stage without policies: the hot path of async rows."""
+    call, takes_context, token = stage.call, stage.takes_context, None
     try:
         if stage.is_async and stage.timeout is None:
-            result = stage.call(row, context) if stage.takes_context else stage.call(row)
+            if isinstance(call, CapturedCall):
+                token = tell(context, call.stage)
+                takes_context = call.takes_context
+                call = call.handler
+            result = call(row, context) if takes_context else call(row)
             if result.__class__ is not dict:  # a wrapper around an async handler may have run it already
                 result = await result
         else:
-            result = await await_call(stage, (row, context) if stage.takes_context else (row,), runtime, stage.timeout)
+            result = await await_call(stage, (row, context) if takes_context else (row,), runtime, stage.timeout)
         return result if result.__class__ is dict else odd_result(stage, result)
     except asyncio.CancelledError as error:
         raise_if_ours()
         return failure_of(stage, error)
     except (Exception, SystemExit) as error:  # noqa: BLE001 - a handler may raise anything
         return recover(stage, row, context, failure_of(stage, error))
+    finally:
+        if token is not None:
+            forget(token)
 
 
 # --- lots: the rows of one call --------------------------------------------------------------------------------

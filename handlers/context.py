@@ -47,9 +47,9 @@ class RowContext:
     """
 
     __slots__ = (
-        "_charged", "_headers", "_key", "_open_tables", "_root", "_runtime", "_tables", "cost", "emitted",
-        "has_reported", "is_defaulted", "lines", "offset", "partition", "placed", "session", "timestamp", "tokens",
-        "topic", "trace",
+        "_charged", "_emitted", "_first_key", "_headers", "_key", "_open_tables", "_root", "_runtime", "_tables",
+        "cost", "has_reported", "is_defaulted", "lines", "offset", "partition", "placed", "session", "timestamp",
+        "tokens", "topic", "trace",
     )  # fmt: skip
 
     def __init__(
@@ -69,14 +69,14 @@ class RowContext:
         self.offset = offset
         self.timestamp = timestamp
         self.session = session
-        self._key = key
+        self._key = self._first_key = key
         self._headers = headers
         self._open_tables = open_tables
         self._tables: RowTables | None = None
         self._runtime = runtime
         self._root: RowContext | None = None
         self._charged: set[bytes] | None = None
-        self.emitted: list[Emit] = []
+        self._emitted: list[Emit] | None = None  # made for the first one: most rows emit nothing
         self.cost = NO_COST
         self.tokens = 0
         self.has_reported = False
@@ -121,7 +121,8 @@ class RowContext:
         """Take over the effects of an attempt that succeeded; what it cost comes by :meth:`pay`."""
         self._key, self._headers, self.timestamp = attempt._key, attempt._headers, attempt.timestamp
         self._tables = attempt._tables
-        self.emitted += attempt.emitted
+        if attempt._emitted:
+            self.emitted += attempt._emitted
         self.is_defaulted |= attempt.is_defaulted
 
     def pay(self, attempt: RowContext) -> None:
@@ -148,6 +149,33 @@ class RowContext:
     @headers.setter
     def headers(self, value: Mapping[str, str | bytes | None] | Headers) -> None:
         self._headers = header_pairs(value)
+
+    def is_bare(self, timestamp: int) -> bool:
+        """Whether the row's results need nothing from here: key and timestamp are as they came, and there is no more.
+
+        Most rows have a context only so that their log lines can be told apart, or to ask for the row's offset.
+        """
+        return (
+            self.placed is None
+            and self._key is self._first_key
+            and not self._headers
+            and not self._emitted
+            and self.timestamp == timestamp
+            and not self.cost
+            and not self.tokens
+            and not self.is_defaulted
+        )
+
+    @property
+    def emitted(self) -> list[Emit]:
+        """Side outputs so far."""
+        if self._emitted is None:
+            self._emitted = []
+        return self._emitted
+
+    @emitted.setter
+    def emitted(self, value: list[Emit]) -> None:
+        self._emitted = value
 
     @property
     def log(self) -> logging.LoggerAdapter[logging.Logger]:

@@ -4,9 +4,9 @@ A :class:`Flow` belongs to one partition task. A row enters it as a :class:`Flig
 one after the other, and comes out through ``on_done``, whatever became of it. Three kinds of segments:
 
 * plain stages: whatever has come together runs in one go on a thread of the pool;
-* a stage of one row per call that is async, timed or concurrent: up to ``concurrency`` lanes take row after row.
-  Lanes, not a task per row: creating a task costs more than everything else the engine does for a row. A row that a
-  policy tells to wait leaves its lane and comes back: it holds nothing meanwhile;
+* a stage of one row per call that is async, timed or concurrent: its ``concurrency`` lanes, which the worker's flows
+  share, take row after row. Lanes, not a task per row: creating a task costs more than everything else the engine does
+  for a row. A row that a policy tells to wait leaves its lane and comes back: it holds nothing meanwhile;
 * batch and frame stages: up to ``batch`` rows, or what has come together within ``linger`` seconds.
 
 Ordering is settled at the entrance: with ``key``, a row waits there until the row of its key that came before it is
@@ -18,14 +18,15 @@ from __future__ import annotations
 import asyncio
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Coroutine, Sequence
-from typing import Any, NamedTuple, TypeAlias
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from enum import Enum, auto
+from typing import Any, Final, NamedTuple, TypeAlias
 
 from ..state.model import Row
 from .chain import Chain, attempt, bare_attempt, run_lots, run_segment
 from .context import RowContext
 from .outcomes import Failure, Outcome
-from .policed import Hit, Pause, Policed, Trial
+from .policed import Pause, Policed, Trial
 from .runtime import Runtime
 from .stage import Stage
 
@@ -96,7 +97,8 @@ class Flow:
         self._paused: dict[Flight, _Paused] = {}
         self._latest: float | None = None  # while draining: when the last row that waits must go on
         self._by_key = by_key
-        self._waiting: dict[object, deque[Flight]] = {}
+        # By key in work, the rows that wait for it. A queue is made for the first that has to: most never are needed.
+        self._waiting: dict[object, deque[Flight] | None] = {}
         self._through: deque[object] = deque()  # keys whose row is done
         self._releasing = False
         self._tasks: set[asyncio.Task[None]] = set()
@@ -117,11 +119,14 @@ class Flow:
     def enter(self, flight: Flight) -> None:
         """Start a row, or queue it behind the rows of its key."""
         if self._by_key and flight.key is not None:
-            queue = self._waiting.get(flight.key)
-            if queue is not None:
+            waiting = self._waiting
+            if flight.key in waiting:
+                queue = waiting[flight.key]
+                if queue is None:
+                    queue = waiting[flight.key] = deque()
                 queue.append(flight)
                 return
-            self._waiting[flight.key] = deque()
+            waiting[flight.key] = None
         self._first.enter(flight)
 
     def _done(self, flight: Flight) -> None:
@@ -147,6 +152,9 @@ class Flow:
         and a thousand of one key may wait.
         """
         if not self._by_key or flight.key is None:
+            return
+        if not self._waiting[flight.key]:
+            del self._waiting[flight.key]
             return
         self._through.append(flight.key)
         if self._releasing:
@@ -227,7 +235,7 @@ class Flow:
 
     def _behind(self, flight: Flight) -> Sequence[Flight]:
         """The rows that wait for this one to be done; none of them will begin."""
-        return self._waiting.pop(flight.key, ()) if self._by_key and flight.key is not None else ()
+        return self._waiting.pop(flight.key, None) or () if self._by_key and flight.key is not None else ()
 
     # --- work --------------------------------------------------------------------------------------------------
 
@@ -243,8 +251,12 @@ class Flow:
     def _ended(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
         if not task.cancelled() and task.exception() is not None:
-            self._error = self._error or task.exception()
-            self._on_error()
+            self.fail(task.exception())
+
+    def fail(self, error: BaseException | None) -> None:
+        """Something went wrong in the flow itself."""
+        self._error = self._error or error
+        self._on_error()
 
     def check(self) -> None:
         """Raise what went wrong inside the flow itself; handlers' errors never do, they are rows' failures."""
@@ -256,9 +268,9 @@ class Flow:
         self.is_closed = True
         for flight in list(self._paused):
             self._drop(flight)
-        for segment in self._segments:
-            segment.close()
         tasks = list(self._tasks)
+        for segment in self._segments:
+            tasks += segment.close()
         for task in tasks:
             task.cancel()
         if tasks:  # a handler may swallow its cancellation: it is not waited for, and gets no further row
@@ -287,27 +299,27 @@ def _make_segment(
         return _Plain(flow, stages, runtime, leave)
     if first.stages:
         return _Elements(flow, first, runtime, leave)
-    return _PolicedLanes(flow, first, runtime, leave) if first.is_policed else _Lanes(flow, first, runtime, leave)
+    return _PolicedCalls(flow, first, runtime, leave) if first.is_policed else _Calls(flow, first, runtime, leave)
 
 
 class _Segment(ABC):
     """Part of the chain, with a queue before it and a way on behind it."""
 
     def __init__(self, flow: Flow, leave: Callable[[Flight], None]) -> None:
-        self._flow = flow
-        self._leave = leave
+        self.flow = flow
+        self.leave = leave
         self._queue: deque[Flight] = deque()
         self._turns_back = False
 
     def enter(self, flight: Flight) -> None:
         """Queue a row; one that is done already (dropped, failed) only passes through."""
-        if self._flow.is_closed:  # a handler that swallowed its cancellation is through
+        if self.flow.is_closed:  # a handler that swallowed its cancellation is through
             return
         if flight.value is None or flight.value.__class__ is Failure:
-            self._leave(flight)
+            self.leave(flight)
             return
         if self._turns_back and flight.is_fresh:
-            self._flow.give_up([flight])
+            self.flow.give_up([flight])
             return
         self._queue.append(flight)
         self._wake()
@@ -330,8 +342,9 @@ class _Segment(ABC):
         self._queue.extend(paid)
         return fresh
 
-    def close(self) -> None:  # noqa: B027 - most have nothing to give back
-        """Nothing more will be worked on."""
+    def close(self) -> Sequence[asyncio.Task[None]]:
+        """Nothing more will be worked on; gives the tasks that are at it and are not the flow's own."""
+        return ()
 
 
 class _Plain(_Segment):
@@ -348,7 +361,7 @@ class _Plain(_Segment):
     def _wake(self) -> None:
         if not self._busy:
             self._busy = True
-            self._flow.start(self._work())
+            self.flow.start(self._work())
 
     async def _work(self) -> None:
         try:
@@ -356,12 +369,104 @@ class _Plain(_Segment):
                 lot = [self._queue.popleft() for _ in range(min(len(self._queue), _PLAIN_ROWS))]
                 values, contexts = _columns(lot)
                 await self._runtime.pool.run(run_segment, self._stages, values, contexts)
-                self._queue.extendleft(reversed(_hand_on(lot, values, self._leave)))
+                self._queue.extendleft(reversed(_hand_on(lot, values, self.leave)))
         finally:
             self._busy = False
 
 
-class _Lanes(_Segment):
+class Lanes:
+    """The lanes of one stage in one worker: so many calls at once, over all partitions.
+
+    The segments of all flows that have rows for the stage take turns, row by row: no partition waits for another one's
+    backlog. Lanes of each partition's own that took a slot of the stage for each row were rejected: with four
+    partitions and 100 slots, 400 lanes stood in one queue, and every row paid for a future, for a trip through the
+    event loop and for a look at those in front.
+
+    Args:
+        most: calls at once.
+    """
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._lanes: set[_Lane] = set()
+        self._turns: deque[_Calls] = deque()  # each segment that has rows, once
+        self.are_all_open = False
+        """Whether as many lanes are open as there may be: each takes further rows by itself."""
+
+    def wake(self, segment: _Calls) -> None:
+        """A row has come into the segment."""
+        if not segment.is_in_turn:
+            segment.is_in_turn = True
+            self._turns.append(segment)
+        if not self.are_all_open:
+            self._open()
+
+    def leave(self, segment: _Calls) -> list[asyncio.Task[None]]:
+        """The segment's flow ends: gives the tasks that call handlers for it."""
+        if segment.is_in_turn:
+            segment.is_in_turn = False
+            self._turns.remove(segment)
+        return [lane.task for lane in self._lanes if lane.segment is segment]
+
+    def _open(self) -> None:
+        lane = _Lane()
+        self._lanes.add(lane)
+        self.are_all_open = len(self._lanes) >= self._most
+        lane.task = asyncio.create_task(self._run(lane))
+        lane.task.add_done_callback(lambda _: self._ended(lane))
+
+    async def _run(self, lane: _Lane) -> None:
+        """Row after row until none is left: the hot path of async rows."""
+        turns = self._turns
+        while turns:
+            segment = lane.segment = turns[0]
+            turns.rotate(-1)
+            flight = segment.take()
+            if flight is None:
+                turns.pop()
+                segment.is_in_turn = False
+                continue
+            outcome = await segment.attempt(flight)
+            if segment.flow.is_closed:  # the handler swallowed its cancellation: this task gets no further row
+                return
+            if outcome is not _ELSEWHERE:
+                flight.value = outcome
+                segment.leave(flight)
+
+    def _ended(self, lane: _Lane) -> None:
+        """A lane came to its end, or to its flow's."""
+        self._lanes.discard(lane)
+        self.are_all_open = False
+        task, segment = lane.task, lane.segment
+        if segment is not None and not task.cancelled() and task.exception() is not None:
+            segment.flow.fail(task.exception())
+        # Others go on with what this one left, unless it was not us who ended it: all of the program's tasks end.
+        if self._turns and (not task.cancelled() or (segment is not None and segment.flow.is_closed)):
+            self._open()
+
+
+class _Lane:
+    """A task that calls a stage's handler for one row after the other."""
+
+    __slots__ = ("segment", "task")
+
+    task: asyncio.Task[None]
+
+    def __init__(self) -> None:
+        self.segment: _Calls | None = None
+        """Whose row it has."""
+
+
+class _Elsewhere(Enum):
+    """Stands for the outcome of a row that has left its lane in another way."""
+
+    ELSEWHERE = auto()
+
+
+_ELSEWHERE: Final = _Elsewhere.ELSEWHERE
+
+
+class _Calls(_Segment):
     """One call per row, several calls at once."""
 
     def __init__(
@@ -372,103 +477,89 @@ class _Lanes(_Segment):
         leave: Callable[[Flight], None],
     ) -> None:
         super().__init__(flow, leave)
+        self.is_in_turn = False
+        """The lanes' own: whether they know that there are rows."""
         self._stage = stage
         self._runtime = runtime
-        self._slots = runtime.slots(stage)
-        self._lanes = 0
+        self._lanes = runtime.lanes(stage)
 
     def _wake(self) -> None:
-        if self._lanes < self._stage.concurrency:
-            self._lanes += 1
-            self._flow.start(self._lane())
+        if not self.is_in_turn or not self._lanes.are_all_open:
+            self._lanes.wake(self)
 
-    async def _lane(self) -> None:
-        """Row after row until none is left: the hot path of async rows."""
-        queue, slots, stage, runtime, leave = self._queue, self._slots, self._stage, self._runtime, self._leave
-        try:
-            while queue and not self._flow.is_closed:
-                async with slots:
-                    if not queue:  # other lanes were quicker
-                        break
-                    flight = queue.popleft()
-                    value = flight.value
-                    if value.__class__ is dict:
-                        flight.value = await bare_attempt(stage, value, flight.context, runtime)
-                    else:
-                        flight.value = await _attempt_all(stage, value, flight.context, runtime)
-                leave(flight)
-        finally:
-            self._lanes -= 1
+    def take(self) -> Flight | None:
+        """The next row, if one is left."""
+        return self._queue.popleft() if self._queue else None
+
+    def attempt(self, flight: Flight) -> Awaitable[Outcome | _Elsewhere]:
+        """Call the handler for a row."""
+        value = flight.value
+        if value.__class__ is dict:
+            return bare_attempt(self._stage, value, flight.context, self._runtime)
+        return _attempt_all(self._stage, value, flight.context, self._runtime)
+
+    def close(self) -> Sequence[asyncio.Task[None]]:
+        """Take no further turn."""
+        return self._lanes.leave(self)
 
 
-class _PolicedLanes(_Lanes):
+class _PolicedCalls(_Calls):
     """The same, for a stage with policies."""
 
     def __init__(self, flow: Flow, stage: Stage, runtime: Runtime, leave: Callable[[Flight], None]) -> None:
         super().__init__(flow, stage, runtime, leave)
+        self._policed = runtime.policed(stage)
+        self._slots = runtime.slots(stage)  # the parts of rows that were split need some beside the lanes
         self._returned: deque[Flight] = deque()  # rows that have waited, in the order of their return; they go first
 
-    async def _lane(self) -> None:
-        queue, slots, flow, leave = self._queue, self._slots, self._flow, self._leave
-        policed, returned = self._runtime.policed(self._stage), self._returned
-        try:
-            while (returned or queue) and not flow.is_closed:
-                flight = returned.popleft() if returned else queue.popleft()
-                trial = flight.trial
-                if trial is None:
-                    begun = self._begin(flight, policed)
-                    if begun is None:
-                        continue
-                    trial = flight.trial = begun
-                seen = policed.look(trial)
-                if seen is not None:
-                    self._put_by(flight, seen, policed)
-                    continue
-                try:
-                    async with slots:
-                        is_late = self._turns_back and not trial.attempts and flight.is_fresh
-                        outcome = None if is_late else await policed.step(trial)
-                except asyncio.CancelledError:
-                    policed.abandon(trial)
-                    raise
-                if is_late:  # it ended while the row waited for the slot
-                    policed.abandon(trial)
-                    flow.give_up([flight])
-                elif isinstance(outcome, Pause):
-                    flow.pause(flight, outcome, policed, self._come_back)
-                else:
-                    flight.trial = None
-                    flight.value = outcome
-                    leave(flight)
-        finally:
-            self._lanes -= 1
+    def take(self) -> Flight | None:
+        """The next row, if one is left."""
+        return self._returned.popleft() if self._returned else super().take()
 
-    def _begin(self, flight: Flight, policed: Policed) -> Trial | None:
-        """A row's trial; None if it needs none, or is on its way already."""
-        value = flight.value
-        if value.__class__ is not dict:
-            self._flow.start(self._each(flight))
-            return None
-        begun = policed.begin(value, flight.context)
-        if isinstance(begun, Trial):
-            return begun
-        flight.value = begun
-        self._leave(flight)
-        return None
-
-    def _put_by(self, flight: Flight, seen: Pause | Hit, policed: Policed) -> None:
-        """A row that needs no call of its own, or none now."""
+    async def attempt(self, flight: Flight) -> Outcome | _Elsewhere:
+        """Try a row once, if its policies allow that now."""
+        policed, trial = self._policed, flight.trial
+        if trial is None:
+            value = flight.value
+            if value.__class__ is not dict:
+                self.flow.start(self._each(flight))
+                return _ELSEWHERE
+            begun = policed.begin(value, flight.context)
+            if not isinstance(begun, Trial):
+                return begun
+            trial = flight.trial = begun
+        seen = policed.look(trial)
         if isinstance(seen, Pause):
-            self._flow.pause(flight, seen, policed, self._come_back)
-            return
+            self.flow.pause(flight, seen, policed, self._come_back)
+            return _ELSEWHERE
+        if seen is not None:
+            flight.trial = None
+            return seen.outcome
+        return await self._step(flight, trial)
+
+    async def _step(self, flight: Flight, trial: Trial) -> Outcome | _Elsewhere:
+        policed = self._policed
+        try:
+            async with self._slots:
+                is_late = self._turns_back and not trial.attempts and flight.is_fresh
+                outcome = None if is_late else await policed.step(trial)
+        except asyncio.CancelledError:
+            policed.abandon(trial)
+            raise
+        if is_late:  # it ended while the row waited for the slot
+            policed.abandon(trial)
+            self.flow.give_up([flight])
+            return _ELSEWHERE
+        if isinstance(outcome, Pause):
+            self.flow.pause(flight, outcome, policed, self._come_back)
+            return _ELSEWHERE
         flight.trial = None
-        flight.value = seen.outcome
-        self._leave(flight)
+        return outcome
 
     async def _each(self, flight: Flight) -> None:
         """The parts of a row that was split, one after the other; rare enough for a task of its own."""
         flight.value = await _attempt_all(self._stage, flight.value, flight.context, self._runtime)
-        self._leave(flight)
+        self.leave(flight)
 
     def _come_back(self, flight: Flight) -> None:
         self._returned.append(flight)
@@ -478,11 +569,12 @@ class _PolicedLanes(_Lanes):
         """Whether this is the segment of that one stage."""
         return stage is self._stage
 
-    def close(self) -> None:
-        """Give back what rows hold that wait for a lane again."""
+    def close(self) -> Sequence[asyncio.Task[None]]:
+        """Take no further turn, and give back what rows hold that wait for a lane again."""
         for flight in self._returned:
             if flight.trial is not None:
-                self._runtime.policed(self._stage).abandon(flight.trial)
+                self._policed.abandon(flight.trial)
+        return super().close()
 
 
 class _Elements(_Segment):
@@ -498,7 +590,7 @@ class _Elements(_Segment):
 
     def _wake(self) -> None:
         while self._queue:
-            self._flow.start(self._run(self._queue.popleft()))
+            self.flow.start(self._run(self._queue.popleft()))
 
     async def _run(self, flight: Flight) -> None:
         value = flight.value
@@ -506,7 +598,7 @@ class _Elements(_Segment):
             flight.value = await attempt(self._stage, value, flight.context, self._runtime)
         else:
             flight.value = await _attempt_all(self._stage, value, flight.context, self._runtime)
-        self._leave(flight)
+        self.leave(flight)
 
 
 class _Batches(_Segment):
@@ -537,12 +629,12 @@ class _Batches(_Segment):
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-        if self._flow.is_closed:
+        if self.flow.is_closed:
             return
         size = self._stage.batch or 1
         lot = [self._queue.popleft() for _ in range(min(size, len(self._queue)))]
         if lot:
-            self._flow.start(self._call(lot))
+            self.flow.start(self._call(lot))
 
     async def _call(self, lot: list[Flight]) -> None:
         values, contexts = _columns(lot)
@@ -551,10 +643,10 @@ class _Batches(_Segment):
         else:
             async with self._slots:
                 if self._is_late(lot):
-                    self._flow.give_up(lot)
+                    self.flow.give_up(lot)
                     return
                 await run_lots(self._stage, values, contexts, self._runtime)
-        self._flow.give_up(_hand_on(lot, values, self._leave))
+        self.flow.give_up(_hand_on(lot, values, self.leave))
 
     def _is_late(self, lot: Sequence[Flight]) -> bool:
         """Whether it all ended while they waited for their call."""

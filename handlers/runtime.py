@@ -28,6 +28,7 @@ from .stage import Stage
 
 if TYPE_CHECKING:
     from .calls import TimeLimit
+    from .flow import Lanes
     from .policed import Policed
     from .processes import ProcessPool
 
@@ -117,6 +118,7 @@ class Runtime:
         self._ending: asyncio.Event | None = None
         self._ends_at: float | None = None
         self._slots: dict[str, asyncio.Semaphore] = {}
+        self._lanes: dict[str, Lanes] = {}
         self._counts: dict[str, StageCounts] = {}
         self._breakers: dict[str, Breaker] = {}
         self._limiters: dict[str, Limiter] = {}
@@ -132,6 +134,15 @@ class Runtime:
         if slots is None:
             slots = self._slots[stage.name] = asyncio.Semaphore(sys.maxsize if stage.stages else stage.concurrency)
         return slots
+
+    def lanes(self, stage: Stage) -> Lanes:
+        """The stage's lanes, which take rows of all flows in turn: what calls its handler for most of them."""
+        lanes = self._lanes.get(stage.name)
+        if lanes is None:
+            from .flow import Lanes
+
+            lanes = self._lanes[stage.name] = Lanes(stage.concurrency)
+        return lanes
 
     @property
     def processes(self) -> ProcessPool:

@@ -57,12 +57,22 @@ class MemoryStore(Store):
 
 
 class MemoryStores(Stores):
-    """Content lives as long as this object, through ``close`` and ``open`` as well."""
+    """Content lives as long as this object, through ``close`` and ``open`` as well.
 
-    def __init__(self) -> None:
+    Args:
+        recent_bytes: see the port; there is no gain in it here, but tests want what users have.
+    """
+
+    def __init__(self, recent_bytes: int = 2_000) -> None:
+        self._recent_bytes = recent_bytes
         self._contents: dict[tuple[str, TopicPartition], dict[bytes, bytes]] = {}
         self._aside: dict[tuple[str, TopicPartition], dict[bytes, bytes]] = {}
         self._stores: dict[tuple[str, TopicPartition], MemoryStore] = {}
+
+    @property
+    def recent_bytes(self) -> int:
+        """As given."""
+        return self._recent_bytes
 
     def open(self, group: str, tp: TopicPartition) -> Store:
         """The store of a group's partition.

@@ -7,7 +7,10 @@ from typing import Any, NamedTuple, Protocol, TypeAlias
 Row: TypeAlias = dict[str, Any]
 """A JSON object: what a handler takes and gives."""
 
-Headers: TypeAlias = "tuple[tuple[str, bytes | None], ...]"
+Header: TypeAlias = "tuple[str, bytes | None]"
+"""A name and its value."""
+
+Headers: TypeAlias = "tuple[Header, ...]"
 """A record's headers in their order; a name may appear more than once."""
 
 RESERVED_PREFIX = "rowmill."

@@ -62,6 +62,11 @@ class Store(ABC):
 class Stores(ABC):
     """The stores of one worker. Everything in it is that worker's alone until ``close``."""
 
+    @property
+    def recent_bytes(self) -> int:
+        """Memory that an open store's tables may use for what they read or wrote last, now: a share of the worker's."""
+        return 0
+
     @abstractmethod
     def open(self, group: str, tp: TopicPartition) -> Store:
         """The store of a group's partition, made if it is absent.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
 from .codec import encode, loads
@@ -19,6 +19,7 @@ MAX_VALUE_BYTES = 900_000
 """Longest value as JSON: a changelog record has to fit in one Kafka message."""
 
 _STAMP = struct.Struct(">q")
+_pack, _unpack_from = _STAMP.pack, _STAMP.unpack_from
 
 Stamped: TypeAlias = bytes
 """A value in a store: eight bytes of the time it counts from (ms since the epoch, big-endian), then JSON."""
@@ -31,15 +32,15 @@ class TableSpec:
     Attributes:
         name: unique in its pipeline; it stands in the changelog, so keep it when code changes.
         ttl_ms: milliseconds that an entry lives, from the timestamp of the row that wrote it; None: for ever.
+        prefix: what the table's keys begin with in the store and the changelog. No table's name has a slash.
     """
 
     name: str
     ttl_ms: int | None = None
+    prefix: bytes = field(init=False, repr=False, compare=False)
 
-    @property
-    def prefix(self) -> bytes:
-        """What the table's keys begin with in the store and the changelog. No table's name has a slash."""
-        return self.name.encode() + b"/"
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "prefix", self.name.encode() + b"/")
 
 
 class Put(NamedTuple):
@@ -145,7 +146,9 @@ class Table:
     def get(self, key: str, default: Any = None) -> Any:
         """The entry's value, or ``default``. It is a copy: changing it changes nothing."""
         value = self._row.get(self._key(key))
-        return default if value is None or self._is_over(value) else unstamp(value)
+        if value is None or (self._spec.ttl_ms is not None and self._is_over(value)):
+            return default
+        return loads(value[8:])
 
     def put(self, key: str, value: Any) -> None:
         """Set an entry.
@@ -234,12 +237,12 @@ def stamp(spec: TableSpec, value: Any, time_ms: int) -> Stamped:
         raise ConfigError(
             f"table {spec.name!r}: value", f"{len(encoded):,} bytes of JSON", f"keep it within {MAX_VALUE_BYTES:,}"
         )
-    return _STAMP.pack(time_ms) + encoded
+    return _pack(time_ms) + encoded
 
 
 def restamp(value: bytes, time_ms: int) -> Stamped:
     """A value that is JSON already, as a store keeps it."""
-    return _STAMP.pack(time_ms) + value
+    return _pack(time_ms) + value
 
 
 def unstamp(value: Stamped) -> Any:
@@ -249,7 +252,7 @@ def unstamp(value: Stamped) -> Any:
 
 def time_of(value: Stamped) -> int:
     """The time a value counts from."""
-    return int(_STAMP.unpack_from(value)[0])
+    return int(_unpack_from(value)[0])
 
 
 def is_expired(spec: TableSpec, value: Stamped, time_ms: int) -> bool:

@@ -22,6 +22,7 @@ from .model import Outgoing, Record
 from .store import Change, Store, StoreError
 from .table import (
     Operation,
+    Put,
     RowTables,
     Source,
     Stamped,
@@ -42,6 +43,7 @@ _NUMBER = struct.Struct(">Q")
 _DESCRIBE_EVERY_MS = 3_600_000
 _SWEEP = 500
 _SWEEP_EVERY_MS = 1_000
+_ENTRY = 130  # bytes that Python needs for two bytes objects and their place in a dictionary
 _WRITE = 2_000  # records per batch: rocksdict holds the GIL while it writes one (FACTS)
 
 
@@ -75,11 +77,11 @@ class Layer(Source):
         changes: dict[bytes, Stamped | None] = {}
         for operation in operations:
             key = operation.key
-            if isinstance(operation, Update):
+            if isinstance(operation, Put):
+                changes[key] = operation.value
+            else:
                 present = changes[key] if key in changes else self.get(key)
                 changes[key] = _updated(operation, present)
-            else:
-                changes[key] = operation.value
         self.changes.update(changes)
 
 
@@ -89,12 +91,15 @@ class PartitionTables(Layer):
     Args:
         store: this partition's own.
         specs: the pipeline's tables.
+        recent_bytes: tells how much memory what was used last may have now; 0 for none.
     """
 
-    def __init__(self, store: Store, specs: Mapping[str, TableSpec]) -> None:
+    def __init__(
+        self, store: Store, specs: Mapping[str, TableSpec], recent_bytes: Callable[[], int] = lambda: 0
+    ) -> None:
         self._store = store
         self._taken: dict[bytes, Stamped | None] = {}
-        self._stored = _Below(store, lambda: self._taken)
+        self._stored = _Remembered(store, recent_bytes)
         super().__init__(self._stored)
         self.specs = specs
         self._mortal = {spec.prefix: spec for spec in specs.values() if spec.ttl_ms is not None}
@@ -105,7 +110,26 @@ class PartitionTables(Layer):
         self._now_ms = 0  # the newest row that completed; what expires is measured by it
         self._swept_ms = 0
 
+    @property
+    def expires(self) -> bool:
+        """Whether anything in them does: then :meth:`pass_time` is to be told how time passes."""
+        return bool(self._mortal)
+
     # --- rows --------------------------------------------------------------------------------------------------
+
+    def get(self, key: bytes) -> Stamped | None:
+        """See :class:`Layer`: what is pending, under it what is taken, under it the store."""
+        changes = self.changes  # this one first: `take` makes it the taken one
+        if key in changes:
+            return changes[key]
+        taken = self._taken
+        return taken[key] if key in taken else self._stored.get(key)
+
+    def scan(self, prefix: bytes) -> dict[bytes, Stamped]:
+        """All entries whose keys begin so."""
+        changes = self.changes
+        taken = self._taken  # before the store: what is forgotten meanwhile lies there
+        return overlaid(overlaid(self._stored.scan(prefix), taken, prefix), changes, prefix)
 
     def view(self, source: Source, time_ms: int) -> RowTables:
         """One row's tables, reading through ``source`` (this object, or a layer above it)."""
@@ -149,6 +173,7 @@ class PartitionTables(Layer):
         """
         with self._writing:
             self._store.write(self._changes_of(self._taken.items(), position))
+            self._stored.remember(self._taken)
         self._find_due(max(_SWEEP, 2 * len(self._taken)))
         if now_ms - self._described_ms > _DESCRIBE_EVERY_MS:
             self.describe(now_ms)
@@ -210,9 +235,7 @@ class PartitionTables(Layer):
     def records(taken: Mapping[bytes, Stamped | None], now_ms: int) -> list[Outgoing]:
         """What was taken, as changelog records: a value carries its own time, a deletion the present."""
         return [
-            Outgoing(
-                key, value if value is None else value[8:], now_ms if value is None else min(time_of(value), now_ms)
-            )
+            Outgoing(key, None, now_ms) if value is None else Outgoing(key, value[8:], min(time_of(value), now_ms))
             for key, value in taken.items()
             if key[0]
         ]
@@ -235,6 +258,7 @@ class PartitionTables(Layer):
                 )
                 self._store.write(self._changes_of(changes, None) if self._mortal else changes)
             self._store.write([(_POSITION, _NUMBER.pack(position))])
+            self._stored.forget()
 
     # --- what the store says of itself -------------------------------------------------------------------------
 
@@ -257,35 +281,85 @@ class PartitionTables(Layer):
             self._store.close()
 
 
-class _Below(Source):
-    """The store, under what a commit under way has taken.
+class _Remembered(Source):
+    """The store, and in memory what was read from it or written to it last: RocksDB takes 2 µs and more for a look.
 
-    A read that failed is remembered: the handler that made it may have swallowed the error, or wrapped it.
+    Two generations: entries join the young one, and so do those of the old one that are asked for. When the young one
+    has half of the memory, it becomes the old one, and what nobody asked for since it became old is gone. Whatever is
+    here is in the store too, so that nothing is lost with it, and scans need not look.
+
+    Args:
+        store: this partition's own.
+        limit: tells how many bytes it may have now.
     """
 
-    def __init__(self, store: Store, taken: Callable[[], Mapping[bytes, Stamped | None]]) -> None:
+    def __init__(self, store: Store, limit: Callable[[], int]) -> None:
         self._store = store
-        self._taken = taken
+        self._limit = limit
+        self._young: dict[bytes, Stamped | None] = {}
+        self._old: dict[bytes, Stamped | None] = {}
+        self._size = 0  # of the young ones
+        self._half = limit() // 2
+        self._writes = 0
+        self._guard = Lock()
+        # A read that failed is remembered: the handler that made it may have swallowed the error, or wrapped it.
         self.failure: StoreError | None = None
 
     def get(self, key: bytes) -> Stamped | None:
-        taken = self._taken()
-        if key in taken:
-            return taken[key]
+        """The value in the store, or None. May be called from several threads, also while :meth:`remember` is."""
+        writes = self._writes  # before anything is looked at
+        young = self._young  # before the old ones, which it may become
+        if key in young:
+            return young[key]
+        old = self._old
+        value = old[key] if key in old else self._read(key)
+        with self._guard:
+            # What was written since may be newer than what was found here: then it is not kept.
+            if self._half and writes == self._writes:
+                self._young[key] = value
+                self._grow(_size(key, value))
+        return value
+
+    def scan(self, prefix: bytes) -> dict[bytes, Stamped]:
+        """All entries of the store whose keys begin so."""
+        try:
+            return dict(self._store.scan(prefix))
+        except StoreError as error:
+            self.failure = error
+            raise
+
+    def remember(self, written: Mapping[bytes, Stamped | None]) -> None:
+        """The store has these now."""
+        with self._guard:
+            self._writes += 1
+            self._half = self._limit() // 2
+            if self._half:
+                young = self._young
+                size = sum(_size(key, value) for key, value in written.items() if key not in young)
+                young.update(written)
+                self._grow(size)
+
+    def forget(self) -> None:
+        """The store was written to by other ways."""
+        with self._guard:
+            self._writes += 1
+            self._old, self._young, self._size = {}, {}, 0
+
+    def _grow(self, size: int) -> None:
+        self._size += size
+        if self._size > self._half:
+            self._old, self._young, self._size = self._young, {}, 0
+
+    def _read(self, key: bytes) -> Stamped | None:
         try:
             return self._store.get(key)
         except StoreError as error:
             self.failure = error
             raise
 
-    def scan(self, prefix: bytes) -> dict[bytes, Stamped]:
-        taken = self._taken()
-        try:
-            stored = dict(self._store.scan(prefix))
-        except StoreError as error:
-            self.failure = error
-            raise
-        return overlaid(stored, taken, prefix)
+
+def _size(key: bytes, value: Stamped | None) -> int:
+    return len(key) + len(value or b"") + _ENTRY
 
 
 def _updated(update: Update, present: Stamped | None) -> Stamped | None:

@@ -1,8 +1,8 @@
 """What has completed in a partition, on its way into commits.
 
 *Exactly once*: all that completed since the last commit goes into one transaction every ``commit_interval``, or
-sooner when there is much of it. *At least once*: results are sent as rows complete, and every ``commit_interval`` the
-offsets of what was sent are committed.
+sooner when there is much of it. *At least once*: results are sent as rows complete; every ``commit_interval`` the
+changelog and then the offsets of what was sent follow.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 
 from ..handlers.flow import Flight
 from ..state.clock import Clock
-from ..state.model import Committed, Record
+from ..state.model import Outgoing, Record, TopicPartition
 from .delivery import Forwarder
 from .offsets import OffsetTracker
 from .options import WorkerOptions
@@ -25,7 +25,7 @@ _POLL_SECONDS = 0.005
 
 
 class _Pending:
-    """What has completed since the last commit."""
+    """What has completed since the last commit, or, at least once, the last send."""
 
     __slots__ = ("bytes", "effects", "flights", "rows", "since")
 
@@ -35,6 +35,21 @@ class _Pending:
         self.rows = 0
         self.bytes = 0
         self.since: float | None = None
+
+
+class _Sent:
+    """What was sent, at least once, and neither the changelog nor the group knows of.
+
+    Args:
+        since: when the first of it completed.
+    """
+
+    __slots__ = ("effects", "rows", "since")
+
+    def __init__(self, since: float) -> None:
+        self.effects = Effects()  # their counts: the records are out
+        self.rows = 0
+        self.since = since
 
 
 class Commits:
@@ -72,7 +87,7 @@ class Commits:
         self._on_commit = on_commit
         self._on_change = on_change
         self._pending = _Pending()
-        self._sent: tuple[Committed, float] | None = None  # sent and not committed: at least once only
+        self._sent: _Sent | None = None
         self._busy = False
         self._held = False
         self._ended = False  # nothing more will complete
@@ -94,17 +109,18 @@ class Commits:
     def add_lot(self, effects: Effects, rows: int, size: int) -> None:
         """A lot is done; its effects are worked out already."""
         self._pending.effects.merge(effects)
-        self._count(rows, size)
-
-    def add_flight(self, flight: Flight, size: int) -> None:
-        """A row is done; its effects are worked out with the commit, on a thread."""
-        self._pending.flights.append(flight)
-        self._count(1, size)
-
-    def _count(self, rows: int, size: int) -> None:
         self._pending.rows += rows
         self._pending.bytes += size
         self.schedule()
+
+    def add_flight(self, flight: Flight, size: int) -> None:
+        """A row is done; its effects are worked out with the commit, on a thread."""
+        pending = self._pending
+        pending.flights.append(flight)
+        pending.rows += 1
+        pending.bytes += size
+        if pending.since is None or pending.rows >= self._options.commit_rows:
+            self.schedule()
 
     def schedule(self) -> None:
         """There is something to commit, if only an offset."""
@@ -170,14 +186,8 @@ class Commits:
         """Commit until :meth:`end`. Raises the first error."""
         while True:
             await self._wait_for_change()
-            if self._pending.since is not None:
-                if isinstance(self._delivery, Transactor):
-                    await self._until_due(self._pending.since)
-                await self._released.wait()
-                await self._deliver()
-            elif self._sent is not None:
-                if self._ended or self._is_overdue(self._sent[1]):
-                    await self._commit_sent()
+            if self._pending.since is not None or self._sent is not None:
+                await self._go_on()
             elif not self._ended:
                 self._changed.clear()
             elif self._state.says_stopped or self._held:
@@ -192,58 +202,88 @@ class Commits:
             await self._changed.wait()
         elif self._pending.since is None and not self._ended and not self._due.is_set():
             self._changed.clear()
-            await _within(self._sent[1] + self._options.commit_interval - self._clock.monotonic(), self._changed)
+            await _within(self._sent.since + self._options.commit_interval - self._clock.monotonic(), self._changed)
+
+    async def _go_on(self) -> None:
+        """Commit when that is due; at least once, send until then."""
+        since = self._sent.since if self._sent is not None else self._pending.since
+        assert since is not None  # noqa: S101 - the caller's loop has seen to that
+        if isinstance(self._delivery, Transactor):
+            await self._until_due(since)
+        await self._released.wait()
+        if isinstance(self._delivery, Forwarder) and not self._is_due(since):
+            await self._send(self._delivery, since)
+        else:
+            await self._deliver()
 
     async def _until_due(self, since: float) -> None:
         """Wait until the oldest of it is ``commit_interval`` old, or somebody cannot wait so long."""
         await _within(since + self._options.commit_interval - self._clock.monotonic(), self._due)
-        if not self._ended:
-            self._due.clear()
+
+    def _is_due(self, since: float) -> bool:
+        """Whether a commit must be made now: the oldest is ``commit_interval`` old, or somebody cannot wait so long."""
+        rows = self._pending.rows + (self._sent.rows if self._sent is not None else 0)
+        is_overdue = self._clock.monotonic() - since >= self._options.commit_interval
+        return is_overdue or self._due.is_set() or rows >= self._options.commit_rows
+
+    async def _send(self, delivery: Forwarder, since: float) -> None:
+        """At least once, results need not wait for their commit.
+
+        The changelog may: a record of it with each send would double the requests' work, here and at the broker.
+        """
+        pending, self._pending = self._pending, _Pending()
+        self._busy = True
+        began = self._clock.monotonic()
+        effects = await self._effects_of(pending)
+        if effects.outputs:
+            await delivery.send(effects.outputs)
+            effects.outputs = {}
+        sent = self._sent = self._sent or _Sent(since)
+        sent.effects.merge(effects)
+        sent.rows += pending.rows
+        self._busy = False
+        if pending.rows:
+            self._on_commit(pending.rows, pending.bytes, effects, self._clock.monotonic() - began)
+            self._on_change()
 
     async def _deliver(self) -> None:
-        """Commit, or send, all that has completed. Nothing is awaited between taking it and its checkpoint."""
+        """Commit all that has completed. Nothing is awaited between taking it and its checkpoint."""
         self._begun += 1
         number = self._begun
         pending, self._pending = self._pending, _Pending()
         checkpoint = self._tracker.snapshot()
         taken = self._state.take()
         self._busy = True
+        if not self._ended:
+            self._due.clear()  # what cannot wait from here on asks for the next one
         began = self._clock.monotonic()
-        effects = pending.effects
-        if pending.flights:
-            effects.merge(await self._processor.encode(_batch_of(pending.flights)))
+        effects = everything = await self._effects_of(pending)
+        if self._sent is not None:
+            everything = self._sent.effects
+            everything.merge(effects)
         stopped = self._saying_stopped or self._ended
-        outputs = {**effects.outputs}
-        outputs[self._state.changelog] = self._state.records(taken, effects, checkpoint, stopped=stopped)
+        outputs: dict[TopicPartition, Sequence[Outgoing]] = {**effects.outputs}
+        outputs[self._state.changelog] = self._state.records(taken, everything, checkpoint, stopped=stopped)
         if isinstance(self._delivery, Transactor):
             ends = await self._delivery.commit(outputs, checkpoint, self._state.last_was_ours)
             await self._state.written(ends.get(self._state.changelog))
         else:
             await self._delivery.send(outputs)
             await self._state.written(None)
-            self._sent = (checkpoint, self._sent[1] if self._sent else began)
+            await self._released.wait()
+            await self._delivery.commit(checkpoint)
+        self._sent = None
         self._busy = False
         self._done = number
         self._committed.set()
         self._on_commit(pending.rows, pending.bytes, effects, self._clock.monotonic() - began)
-        if self._sent is not None and self._is_overdue(self._sent[1]):
-            await self._commit_sent()
         self._on_change()
 
-    def _is_overdue(self, since: float) -> bool:
-        return self._due.is_set() or self._clock.monotonic() - since >= self._options.commit_interval
-
-    async def _commit_sent(self) -> None:
-        """At least once: the offsets of what was sent."""
-        assert isinstance(self._delivery, Forwarder)  # noqa: S101 - only it leaves something sent
-        assert self._sent is not None  # noqa: S101
-        await self._released.wait()
-        sent, self._sent = self._sent, None
-        self._busy = True
-        await self._delivery.commit(sent[0])
-        self._busy = False
-        self._due.clear()
-        self._on_change()
+    async def _effects_of(self, pending: _Pending) -> Effects:
+        """With those of rows that completed one by one."""
+        if pending.flights:
+            pending.effects.merge(await self._processor.encode(_batch_of(pending.flights)))
+        return pending.effects
 
 
 async def _within(seconds: float, event: asyncio.Event) -> None:

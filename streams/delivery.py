@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import logging
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 
+from ..state.clock import Clock
 from ..state.model import Committed, Outgoing, TopicPartition
 from .brokers.base import Broker, Member, Producer
-from .deadlines import deadline
-from .errors import BrokerError
+from .deadlines import FIRST_PAUSE, LONGEST_PAUSE, deadline
+from .errors import BrokerError, FencedError, StalledError
 from .options import WorkerOptions
 from .session import Session
-from .transaction import gather_all, read_checkpoint
+from .transaction import read_checkpoint
+
+log = logging.getLogger(__name__)
 
 
 class Forwarder:
@@ -24,6 +28,7 @@ class Forwarder:
         session: whose group.
         tp: the input partition.
         options: time limits.
+        clock: for pauses between attempts.
         member: gives the worker's present membership, through which offsets are committed.
     """
 
@@ -33,12 +38,14 @@ class Forwarder:
         session: Session,
         tp: TopicPartition,
         options: WorkerOptions,
+        clock: Clock,
         member: Callable[[], Member | None],
     ) -> None:
         self._broker = broker
         self._group = session.group
         self._tp = tp
         self._options = options
+        self._clock = clock
         self._member = member
         self._producer: Producer | None = None
         self.checkpoint: Committed | None = None
@@ -67,25 +74,55 @@ class Forwarder:
         if producer is None:
             raise BrokerError(f"{self._tp}: no producer")
         async with deadline(self._options.broker_timeout, f"{self._tp}: send results"):
-            written = await gather_all([producer.send(tp, records) for tp, records in outputs.items()])
-            await gather_all(written)
+            # No tasks, as gather would make: lots are small here, and there are many.
+            await _all([await producer.send(tp, records) for tp, records in outputs.items()])
 
     async def commit(self, checkpoint: Committed) -> None:
-        """Commit the offset of what was sent before.
+        """Commit the offset of what was sent before, again and again until the broker says that it did.
+
+        The rows are not run again for that: one lost answer would cost all since the last commit. And the request may
+        yet come through, late: it would move the offset to where nobody expects it, and the next commit back again.
 
         Raises:
             FencedError: the partition belongs to another worker now.
-            BrokerError: it may not be committed; begin again.
+            StalledError: ``stall_timeout`` passed without success.
         """
+        give_up = self._clock.monotonic() + self._options.stall_timeout
+        pause = FIRST_PAUSE
+        while True:
+            try:
+                await self._commit_once(checkpoint)
+            except BrokerError as error:
+                if self._clock.monotonic() > give_up:
+                    raise StalledError(f"{self._tp}: no commit succeeded; last error: {error}") from error
+                log.warning("%s: commit failed, trying again: %s", self._tp, error)
+            else:
+                self.checkpoint = checkpoint
+                return
+            await self._clock.sleep(pause * (0.5 + self._clock.random() / 2))
+            pause = min(pause * 2, LONGEST_PAUSE)
+
+    async def _commit_once(self, checkpoint: Committed) -> None:
         member = self._member()
         if member is None:
-            raise BrokerError(f"{self._tp}: not in the group")
+            raise FencedError(f"{self._tp}: commit offsets: this worker has left its group")
         async with deadline(self._options.broker_timeout, f"{self._tp}: commit offsets"):
             await member.commit({self._tp: checkpoint})
-        self.checkpoint = checkpoint
 
     async def close(self) -> None:
         """Drop the producer."""
         producer, self._producer = self._producer, None
         if producer is not None:
             await producer.close()
+
+
+async def _all(written: Sequence[Awaitable[None]]) -> None:
+    """Await every one, also after a failure: what is on its way is settled before the first error is raised."""
+    failure: Exception | None = None
+    for each in written:
+        try:
+            await each
+        except Exception as error:  # noqa: BLE001 - raised below
+            failure = failure or error
+    if failure is not None:
+        raise failure

@@ -22,9 +22,9 @@ class InFlight:
         """Whether another row may begin."""
         return self.rows < self._max_rows and self.bytes < self._max_bytes
 
-    def begin(self, size: int) -> None:
-        """A row begins."""
-        self.rows += 1
+    def begin(self, rows: int, size: int) -> None:
+        """Rows begin."""
+        self.rows += rows
         self.bytes += size
 
     def end(self, rows: int, size: int) -> None:

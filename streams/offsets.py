@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import base64
 import binascii
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from ..state.model import Committed, Record
@@ -150,10 +150,9 @@ class OffsetTracker:
             return records
         return [r for r in records if r.offset >= self._map_end or r.offset in self._incomplete]
 
-    def complete(self, offsets: Iterable[int]) -> None:
-        """These are complete."""
-        for offset in offsets:
-            self._incomplete.pop(offset, None)
+    def complete(self, offset: int) -> None:
+        """This one is complete."""
+        self._incomplete.pop(offset, None)
 
     def pass_over(self, position: int) -> None:
         """The reader stands at ``position`` and gave everything below it: what did not come is not there."""

@@ -206,7 +206,8 @@ class PartitionState:
         except asyncio.CancelledError:  # the thread goes on: what it opens must not stay open
             opening.add_done_callback(_close_orphan)
             raise
-        self._tables = tables = PartitionTables(store, self._specs)
+        stores = self._stores
+        self._tables = tables = PartitionTables(store, self._specs, lambda: stores.recent_bytes)
         about, position = tables.about, tables.position
         mortal = {name: spec.ttl_ms for name, spec in self._specs.items() if spec.ttl_ms is not None}
         if position is None:

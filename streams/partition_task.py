@@ -20,6 +20,8 @@ from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
+from itertools import repeat
+from operator import attrgetter
 from typing import Any
 
 from ..handlers.flow import Flight, Flow, OnDone, OnGivenUp
@@ -45,6 +47,8 @@ _FIRST_LOT = 64
 _SHORTEST_LOT_SECONDS = 0.02
 _FLOW_LOT = 200
 _BEGUN_LOTS = 1_000
+
+_value_of = attrgetter("value")
 
 FlowMaker = Callable[[OnDone, Callable[[], None], OnGivenUp], Flow]
 """Makes a task's flow, given what is to be called with every row that is done, at an error of the flow's own, and with
@@ -505,13 +509,14 @@ class PartitionTask:
         self._processor.decode(batch)
         if condemned is not None:
             batch.rows = [condemned for _ in taken]
-        for i, record in enumerate(taken):
-            size = len(record.value or b"")
-            self._flying_rows += 1
-            self._flying_bytes += size
-            self._in_flight.begin(size)
-            flight = Flight(batch.rows[i], batch.contexts[i] if batch.contexts else None, record.key, record)
-            self._flow.enter(flight)  # failures too: a forwarded tombstone must not overtake its key's rows
+        size = _bytes(taken)
+        self._flying_rows += len(taken)
+        self._flying_bytes += size
+        self._in_flight.begin(len(taken), size)
+        enter = self._flow.enter
+        # Failures enter as well: a forwarded tombstone must not overtake its key's rows.
+        for record, row, context in zip(taken, batch.rows, batch.contexts or repeat(None), strict=False):
+            enter(Flight(row, context, record.key, record))
 
     def _finished(self, flight: Flight) -> Callable[[], Coroutine[Any, Any, None]] | None:
         """A row is through the chain, in whatever way. What it writes to tables counts before its key goes on."""
@@ -532,12 +537,13 @@ class PartitionTask:
 
     def _complete(self, flight: Flight) -> None:
         record: Record = flight.sender
-        size = len(record.value or b"")
+        size = len(record.value) if record.value is not None else 0
         self._flying_rows -= 1
         self._flying_bytes -= size
         self._in_flight.end(1, size)
-        self._tracker.complete((record.offset,))
-        self._state.forget_starts((record,))
+        self._tracker.complete(record.offset)
+        if self._state.starts:
+            self._state.forget_starts((record,))
         self._commits.add_flight(flight, size)
         self._room.set()
 
@@ -615,4 +621,5 @@ async def _until_one_fails(tasks: set[asyncio.Task[None]]) -> None:
 
 
 def _bytes(records: Sequence[Record]) -> int:
-    return sum(len(record.value) for record in records if record.value is not None)
+    """Of their values."""
+    return sum(map(len, filter(None, map(_value_of, records))))

@@ -12,6 +12,8 @@ import logging
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
+from itertools import groupby, repeat
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..handlers.capture import LogLines, lines_of
@@ -21,15 +23,16 @@ from ..handlers.flow import Flight
 from ..handlers.outcomes import Failure, Outcome
 from ..handlers.runtime import Runtime
 from ..state.artifacts import ArtifactError, materialize
-from ..state.codec import decode, encode
+from ..state.codec import all_dicts, decode, decode_all, encode, encode_all
 from ..state.context import sum_costs
 from ..state.errors import BadRowError, ConfigError
 from ..state.model import RESERVED_PREFIX, Headers, Outgoing, Record, TopicPartition
-from ..state.table import RowTables, Source
+from ..state.table import RowTables
 from ..state.tables import Layer, PartitionTables, TableUpdateError
 from .catalog import Catalog, UnknownTopicsError
 from .dead_letters import dead_letter
 from .errors import TopicError
+from .outbox import Outbox
 from .partitioning import Partitioner
 from .rebuild import Rebuild
 from .session import INPUT_ERROR_HEADER, INPUT_ROW_HEADER, SESSION_HEADER, SOURCE_HEADER, Session
@@ -60,7 +63,7 @@ class Effects:
     )  # fmt: skip
 
     def __init__(self) -> None:
-        self.outputs: dict[TopicPartition, list[Outgoing]] = {}
+        self.outputs: dict[TopicPartition, Outbox] = {}
         self.rows = 0
         self.rebuilt = 0
         """Of ``rows``, those that ran only for what they write to tables; the counts below know nothing of them."""
@@ -86,7 +89,7 @@ class Effects:
         for tp, records in other.outputs.items():
             present = self.outputs.setdefault(tp, records)
             if present is not records:
-                present += records
+                present.extend(records)
         self.rows += other.rows
         self.rebuilt += other.rebuilt
         self.rebuilt_failed += other.rebuilt_failed
@@ -149,6 +152,13 @@ class Batch:
         self.records = self.records[:first]
         del self.rows[first:]
 
+    def cut_out(self, span: slice) -> Batch:
+        """A stretch of its rows."""
+        batch = Batch(self.records[span])
+        batch.rows = self.rows[span]
+        batch.contexts = self.contexts[span] if self.contexts else None
+        return batch
+
     def part(self, places: Sequence[int]) -> Batch:
         """Some of its rows."""
         batch = Batch([self.records[i] for i in places])
@@ -209,6 +219,9 @@ class Processor:
         self._partitioners: dict[str, Partitioner] = {}
         self._source_prefix = f"{tp.topic}/{tp.partition}/"
         self._session_header = (SESSION_HEADER, session.id.encode())
+        is_bare = pipeline.output is None and runtime.artifacts is None
+        self._is_plain = self._same_partitions and is_bare
+        self._plain_limit = catalog.limit(self._sink) - _RECORD_OVERHEAD
 
     @property
     def least_rows(self) -> int:
@@ -257,6 +270,9 @@ class Processor:
             effects = await self._runtime.pool.run(self._settle_and_encode, batch, lot)
         effects.tables = lot.layer if lot else None
         effects.halted_by = batch.halted_by
+        # Contexts refer to the lot, which refers to its batch: without this cut all rows of a lot would be left to the
+        # garbage collector, which took half of a stateful job's time.
+        batch.contexts = None
         return effects
 
     async def encode(self, batch: Batch) -> Effects:
@@ -273,7 +289,7 @@ class Processor:
         batch.rows = [flight.value]
         batch.contexts = [flight.context] if flight.context is not None else None
         if self._tables is not None:
-            self.settle_row(batch, 0, self._tables)
+            self.settle_row(batch, 0, self._tables, self._clock.now_ms())
         flight.value = batch.rows[0]
 
     async def ensure(self, topics: frozenset[str]) -> None:
@@ -290,7 +306,7 @@ class Processor:
             effects.silence()
         return effects
 
-    def settle_row(self, batch: Batch, place: int, into: Layer) -> None:
+    def settle_row(self, batch: Batch, place: int, into: Layer, now_ms: int) -> None:
         """Let a row that is through the chain write to its tables, or make it a failure.
 
         Its records are made first: what cannot be written as a result must leave nothing in a table.
@@ -301,8 +317,11 @@ class Processor:
         context, outcome = batch.contexts[place] if batch.contexts else None, batch.rows[place]
         if context is None or not context.operations or context.placed or isinstance(outcome, Failure):
             return
+        record = batch.records[place]
         try:
-            placed = self._placed(batch.records[place], outcome, context)
+            placed: Placed | bytes | None = self._plain_value(record, outcome, context, now_ms)
+            if placed is None:
+                placed = self._placed(record, outcome, context)
             into.settle(context.operations)
         except TableUpdateError as error:
             batch.rows[place] = Failure(TABLES_STAGE, "table_update", str(error))
@@ -314,8 +333,19 @@ class Processor:
             batch.rows[place] = Failure(OUTPUT_STAGE, error.kind, str(error))
         else:
             context.placed = placed
-            if self._tables:
-                self._tables.pass_time(min(batch.records[place].timestamp, self._clock.now_ms()))
+            if self._tables is not None and self._tables.expires:
+                self._tables.pass_time(min(record.timestamp, now_ms))
+
+    def _plain_value(self, record: Record, outcome: Outcome, context: RowContext, now_ms: int) -> bytes | None:
+        """The encoded result of most rows that write to tables; None for those that :meth:`_encode_plain` is not for.
+
+        Raises:
+            BadRowError: it cannot be written as JSON.
+        """
+        if not self._is_plain or outcome.__class__ is not dict or not _is_plain(record, outcome, context, now_ms):
+            return None
+        value = encode(outcome)
+        return value if len(value) + len(record.key or b"") <= self._plain_limit else None
 
     def _decode_and_run(self, batch: Batch, lot: _Lot | None) -> Effects | UnknownTopicsError:
         self.decode(batch, lot)
@@ -347,21 +377,11 @@ class Processor:
     def decode(self, batch: Batch, lot: _Lot | None = None) -> None:
         """Fill in rows, or failures for records that are none, and contexts where the chain wants them."""
         pipeline = self._pipeline
-        max_bytes, max_depth = pipeline.max_row_bytes, pipeline.max_depth
-        text_keys, marked = pipeline.keys == "text", self._session.owns_source
-        check = pipeline.input
-        rows: list[Outcome] = []
-        for record in batch.records:
-            try:
-                if record.key is not None and text_keys and not record.key.isascii():
-                    _check_utf8("key", record.key)
-                if record.headers:
-                    _check_headers(record.headers, marked)
-                row = decode(record.value, max_bytes, max_depth)
-                rows.append(row if check is None else check.check(row))
-            except BadRowError as error:
-                rows.append(Failure(INPUT_STAGE, error.kind, str(error)))
-        batch.rows = rows
+        text_keys = pipeline.keys == "text"
+        rows: Sequence[Outcome] | None = None
+        if pipeline.input is None and _are_ordinary(batch.records, text_keys):
+            rows = decode_all([record.value for record in batch.records], pipeline.max_row_bytes, pipeline.max_depth)
+        batch.rows = self._decode_each(batch.records, text_keys) if rows is None else list(rows)
         if self._chain.takes_context:
             batch.contexts = [
                 self._context(record, text_keys, self._opener(record, place, lot) if self._tables else None)
@@ -371,13 +391,34 @@ class Processor:
                 for context, record in zip(batch.contexts, batch.records, strict=True):
                     self._traced_rows.begin(context, record)
 
+    def _decode_each(self, records: Sequence[Record], text_keys: bool) -> list[Outcome]:
+        """One after the other: which of them is no row, and why."""
+        max_bytes, max_depth = self._pipeline.max_row_bytes, self._pipeline.max_depth
+        check, marked = self._pipeline.input, self._session.owns_source
+        rows: list[Outcome] = []
+        for record in records:
+            try:
+                if record.key is not None and text_keys and not record.key.isascii():
+                    _check_utf8("key", record.key)
+                if record.headers:
+                    _check_headers(record.headers, marked)
+                row = decode(record.value, max_bytes, max_depth)
+                rows.append(row if check is None else check.check(row))
+            except BadRowError as error:
+                rows.append(Failure(INPUT_STAGE, error.kind, str(error)))
+        return rows
+
     def _opener(self, record: Record, place: int, lot: _Lot | None) -> TablesOpener:
         return partial(lot.view, place) if lot else partial(self.view, record)
 
-    def view(self, record: Record, _: object = None, source: Source | None = None) -> RowTables:
+    def view(self, record: Record, _: object = None) -> RowTables:
         """A row's tables. What it writes is as old as the row, unless that is in the future."""
         assert self._tables is not None  # noqa: S101 - only asked for where the pipeline has tables
-        return self._tables.view(source or self._tables, min(record.timestamp, self._clock.now_ms()))
+        return RowTables(self._tables.specs, self._tables, min(record.timestamp, self._clock.now_ms()))
+
+    def now_ms(self) -> int:
+        """The present."""
+        return self._clock.now_ms()
 
     def _context(self, record: Record, text_keys: bool, open_tables: TablesOpener | None) -> RowContext:
         key: str | bytes | None = record.key
@@ -419,47 +460,58 @@ class Processor:
     def _encode_aloud(self, batch: Batch) -> Effects | UnknownTopicsError:
         """All of a batch's effects.
 
-        The loop is the second half of the hot path: rows with one result, no context and no headers stay in it.
+        The second half of the hot path: rows with one result or none, no headers, and nothing that their handlers asked
+        of a context go through it in runs, as long as there are, and the others between them one by one.
         """
         effects = Effects()
         effects.rows = len(batch.records)
-        plain_target = TopicPartition(self._sink, self._tp.partition)
-        plain: list[Outgoing] = effects.outputs.setdefault(plain_target, [])
-        is_bare = self._pipeline.output is None and self._runtime.artifacts is None
-        fast = self._same_partitions and batch.contexts is None and is_bare
-        limit = self._catalog.limit(self._sink) - _RECORD_OVERHEAD
-        prefix, session_header = self._source_prefix, self._session_header
-        now = self._clock.now_ms()
+        records, rows, contexts = batch.records, batch.rows, batch.contexts
+        whole = slice(0, len(records))
+        spans = _spans(batch, self._clock.now_ms()) if self._is_plain else ((False, whole),)
         try:
-            for i, record in enumerate(batch.records):
-                outcome = batch.rows[i]
-                if fast and outcome.__class__ is dict and not record.headers and record.timestamp <= now:
-                    try:
-                        value = encode(outcome)
-                    except BadRowError as error:
-                        self._bury(effects, record, Failure(OUTPUT_STAGE, error.kind, str(error)))
-                        continue
-                    key = record.key
-                    if len(value) + (len(key) if key else 0) <= limit:
-                        source = (SOURCE_HEADER, f"{prefix}{record.offset}/0".encode())
-                        plain.append(Outgoing(key, value, record.timestamp, (source, session_header)))
-                        effects.results += 1
-                        continue
-                self._encode_row(effects, record, outcome, batch.contexts[i] if batch.contexts else None)
+            for is_plain, span in spans:
+                if is_plain and self._encode_plain(effects, batch if span == whole else batch.cut_out(span)):
+                    continue
+                for place in range(span.start, span.stop):
+                    self._encode_row(effects, records[place], rows[place], contexts[place] if contexts else None)
         except UnknownTopicsError as unknown:
             return unknown
-        if not plain:
-            del effects.outputs[plain_target]
         return effects
+
+    def _encode_plain(self, effects: Effects, batch: Batch) -> bool:
+        """Rows with a result each, or none, all at once; False, and nothing done, if one cannot be written."""
+        kept = (
+            batch if all_dicts(batch.rows) else batch.part([i for i, row in enumerate(batch.rows) if row is not None])
+        )
+        try:
+            values = _values_of(kept)
+        except BadRowError:
+            return False
+        keys = [record.key for record in kept.records]
+        if max(map(len, values), default=0) + max(map(len, filter(None, keys)), default=0) > self._plain_limit:
+            return False
+        if values:
+            outbox = self._outbox(effects, TopicPartition(self._sink, self._tp.partition))
+            timestamps = [record.timestamp for record in kept.records]
+            outbox.extend_plain(keys, values, timestamps, [record.offset for record in kept.records])
+        effects.results += len(values)
+        effects.dropped += len(batch.records) - len(values)
+        return True
+
+    def _outbox(self, effects: Effects, target: TopicPartition) -> Outbox:
+        outbox = effects.outputs.get(target)
+        if outbox is None:
+            outbox = effects.outputs[target] = Outbox(self._source_prefix, self._session_header)
+        return outbox
 
     def _encode_row(self, effects: Effects, record: Record, outcome: Outcome, context: RowContext | None) -> None:
         """Any row: its results and side outputs together, or its dead letter. What it cost counts in any case."""
-        placed: Placed | None = context.placed if context else None
+        placed: Placed | None = context.placed if context and context.placed.__class__ is Placed else None
         if placed is None:
             placed = self._place_or_bury(effects, record, outcome, context)
         if placed is not None:
             for target, out in placed.records:
-                effects.outputs.setdefault(target, []).append(out)
+                self._outbox(effects, target).append(out)
             effects.results += placed.results
             effects.emitted += placed.emitted
             effects.dropped += not placed.results
@@ -556,7 +608,7 @@ class Processor:
         connect = self._pipeline.name if self._pipeline.dead_letter_headers == "connect" else None
         letter = dead_letter(record, failure, self._session.id, room, connect=connect, lines=lines)
         letter = letter._replace(timestamp=min(letter.timestamp, self._clock.now_ms()))
-        effects.outputs.setdefault(self._dead_letters, []).append(letter)
+        self._outbox(effects, self._dead_letters).append(letter)
         effects.dead_letters += 1
         effects.failures.append((record, failure))
 
@@ -574,6 +626,8 @@ class _Lot:
         self._row_by_row = row_by_row
         self._loop = asyncio.get_running_loop()
         self._settled = 0
+        self._specs = tables.specs
+        self._now_ms = processor.now_ms()  # once: rows of the future are no newer than the moment when they are begun
         self.layer = Layer(tables)
 
     def view(self, place: int, _: object) -> RowTables:
@@ -584,13 +638,57 @@ class _Lot:
                 break
             except UnknownTopicsError as unknown:
                 self._processor.look_up(unknown.names, self._loop)
-        return self._processor.view(self._batch.records[place], source=self.layer)
+        return RowTables(self._specs, self.layer, min(self._batch.records[place].timestamp, self._now_ms))
 
     def settle(self, until: int) -> None:
         """Settle the rows before that place."""
         while self._settled < until:
-            self._processor.settle_row(self._batch, self._settled, self.layer)
+            self._processor.settle_row(self._batch, self._settled, self.layer, self._now_ms)
             self._settled += 1
+
+
+_headers_of = attrgetter("headers")
+_timestamp_of = attrgetter("timestamp")
+_ONE_OR_NONE = {dict, type(None)}
+
+
+def _spans(batch: Batch, now_ms: int) -> list[tuple[bool, slice]]:
+    """The batch in stretches of rows that are plain, or are not. Almost always, all of it is one."""
+    records, rows, contexts = batch.records, batch.rows, batch.contexts
+    are_ordinary = not any(map(_headers_of, records)) and max(map(_timestamp_of, records), default=0) <= now_ms
+    if contexts is None and are_ordinary and set(map(type, rows)) <= _ONE_OR_NONE:
+        return [(True, slice(0, len(records)))]
+    spans, start = [], 0
+    plain = map(_is_plain, records, rows, contexts or repeat(None), repeat(now_ms))
+    for is_plain, stretch in groupby(plain):
+        end = start + sum(1 for _ in stretch)
+        spans.append((is_plain, slice(start, end)))
+        start = end
+    return spans
+
+
+def _is_plain(record: Record, outcome: Outcome, context: RowContext | None, now_ms: int) -> bool:
+    """Whether a row has one result or none, of the same key and time, and nothing else shows of it outside."""
+    return (
+        outcome.__class__ in _ONE_OR_NONE
+        and not record.headers
+        and record.timestamp <= now_ms
+        and (context is None or context.placed.__class__ is bytes or context.is_bare(record.timestamp))
+    )
+
+
+def _values_of(batch: Batch) -> list[bytes]:
+    """The results of plain rows; those of rows that wrote to tables were encoded when they were settled."""
+    if batch.contexts is None or not any(context.placed for context in batch.contexts):
+        return encode_all(batch.rows)
+    return [context.placed or encode(row) for row, context in zip(batch.rows, batch.contexts, strict=True)]
+
+
+def _are_ordinary(records: Sequence[Record], text_keys: bool) -> bool:
+    """Whether keys and headers need no look one by one."""
+    if any(map(_headers_of, records)):
+        return False
+    return not text_keys or b"".join([record.key for record in records if record.key]).isascii()
 
 
 def _foreign(headers: Headers) -> Headers:

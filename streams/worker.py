@@ -692,7 +692,7 @@ class Worker(AssignmentListener):
     def _make_delivery(self, tp: TopicPartition) -> Transactor | Forwarder:
         if self.options.guarantee == "exactly_once":
             return Transactor(self._broker, self.session, tp, self.options, self._clock, self._stable)
-        return Forwarder(self._broker, self.session, tp, self.options, lambda: self._member)
+        return Forwarder(self._broker, self.session, tp, self.options, self._clock, lambda: self._member)
 
     def _make_flow(self, on_done: OnDone, on_error: Callable[[], None], on_given_up: OnGivenUp) -> Flow:
         if self._tracing is not None:

@@ -1144,10 +1144,13 @@ class KafkaTransactionalProducer(KafkaProducer, TransactionalProducer):
 
 def _batches(client: aiokafka.AIOKafkaProducer, records: Sequence[Outgoing], limit: int) -> Iterator[Any]:
     """Record batches within ``limit`` bytes. The client's own batches are of one size for all topics."""
-    while limit < BATCH_BYTES and records:
-        part, records = _within(records, limit)
-        yield from _filled(client, part)
-    yield from _filled(client, records)
+    if limit < BATCH_BYTES:
+        records = list(records)
+        while records:
+            part, records = _within(records, limit)
+            yield from _filled(client, part)
+    else:
+        yield from _filled(client, records)
 
 
 def _filled(client: aiokafka.AIOKafkaProducer, records: Sequence[Outgoing]) -> Iterator[Any]:

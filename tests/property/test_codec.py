@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from rowmill.state.codec import decode, encode
+from rowmill.state.codec import decode, decode_all, encode
 from rowmill.state.errors import BadRowError
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]))
@@ -67,3 +67,24 @@ def test_numpy_is_written_like_python(numbers: list[int]) -> None:
     """An array and its scalars give the same text as the list they were made of."""
     array = np.array(numbers)
     assert encode({"a": array, "b": array[0]}) == encode({"a": numbers, "b": numbers[0]})
+
+
+@given(
+    st.lists(
+        ROWS.map(encode)
+        | st.binary(max_size=20)
+        | st.text('{}[]",:0123456789.eE- ', max_size=30).map(str.encode)
+        | st.integers(-(2**70), 2**70).map(lambda number: b'{"n":%d}' % number)
+        | st.integers(1, 12).map(lambda depth: b'{"n":' * depth + b"1" + b"}" * depth)
+        | st.none(),
+        max_size=6,
+    )
+)
+def test_all_at_once(values: list[bytes | None]) -> None:
+    """A lot is decoded at once to what its values are one by one, and only where all of them are rows."""
+    rows: list[Any] | None = []
+    try:
+        rows = [decode(value, 50, 10) for value in values]
+    except BadRowError:
+        rows = None
+    assert repr(decode_all(values, 50, 10)) == repr(rows)

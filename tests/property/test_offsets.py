@@ -57,7 +57,8 @@ def test_a_crash_runs_exactly_what_was_not_complete(data: st.DataObject) -> None
         running = [again[:upto][place] for place in tracker.take(again[:upto])]
         assert not finished & set(running), "a committed row runs again"
         done = data.draw(st.sets(st.sampled_from(running)) if running else st.just(set()), label="completed")
-        tracker.complete(sorted(done))
+        for offset in done:
+            tracker.complete(offset)
         committed = tracker.snapshot()
         assert len(committed.metadata) <= MAX_CHARACTERS
         finished |= done
@@ -70,7 +71,8 @@ def test_a_crash_runs_exactly_what_was_not_complete(data: st.DataObject) -> None
     running = [rest[place] for place in tracker.take(rest)]
     assert set(running) | finished == set(log)
     assert not set(running) & finished
-    tracker.complete(running)
+    for offset in running:
+        tracker.complete(offset)
     tracker.pass_over(log[-1] + 1)
     assert tracker.snapshot() == Committed(log[-1] + 1)
 
@@ -88,7 +90,7 @@ def test_a_map_always_fits(seed: int) -> None:
                 in_flight.append(at)
             at += 1 + (jump if chance.random() < 0.001 else 0)
         if len(in_flight) > slow and chance.random() < 0.6:
-            tracker.complete([in_flight.pop(chance.randrange(slow, len(in_flight)))])
+            tracker.complete(in_flight.pop(chance.randrange(slow, len(in_flight))))
     assert len(tracker.snapshot().metadata) <= MAX_CHARACTERS
 
 
@@ -106,9 +108,9 @@ def test_rows_that_vanished_count_as_complete() -> None:
     tracker = OffsetTracker(decode_map(Committed(10, encode_map(OffsetMap(10, 20, (10, 12, 15))))))
     assert tracker.take([11, 15, 19, 20]) == [1, 3]
     assert tracker.low_watermark == 15
-    tracker.complete([15])
+    tracker.complete(15)
     assert tracker.low_watermark == 20
-    tracker.complete([20])
+    tracker.complete(20)
     tracker.pass_over(25)
     assert tracker.snapshot() == Committed(25)
 

@@ -14,8 +14,10 @@ from typing import Any, cast
 import pytest
 from rowmill.handlers import capture
 from rowmill.handlers.capture import CurrentRow, LogLines, captured, current_row, install, lines_of, uninstall
+from rowmill.handlers.chain import bare_attempt
 from rowmill.handlers.context import RowContext
 from rowmill.handlers.executors import BlockingPool
+from rowmill.handlers.runtime import Runtime
 from rowmill.handlers.stage import make_stage
 from rowmill.state.errors import ConfigError
 
@@ -88,6 +90,33 @@ async def test_async_handlers_at_once(collected: Collected) -> None:
     expected = {(f"{word} {n}", "live", f"t/0/{n}", "waits") for word in ("before", "sees") for n in range(3)}
     assert set(collected.seen) == expected
     assert len(collected.seen) == 6
+
+
+@pytest.mark.parametrize("takes_context", [False, True])
+async def test_rows_of_a_lane(collected: Collected, takes_context: bool) -> None:
+    """Where a task runs row after row, each is named while its handler runs, also if it fails, and none in between."""
+    seen: list[CurrentRow | None] = []
+
+    async def waits(row: dict[str, Any]) -> dict[str, Any]:
+        await asyncio.sleep(0)
+        return talks(row)
+
+    async def waits_with_context(row: dict[str, Any], ctx: Any) -> dict[str, Any]:
+        assert ctx.offset == row.get("n", 1)
+        return await waits(row)
+
+    stage = captured(make_stage(waits_with_context if takes_context else waits, name="waits", concurrency=1))
+    pool = BlockingPool(1)
+    try:
+        runtime = Runtime(pool)
+        for number, row in enumerate(({"n": 0}, {}, {"n": 2})):
+            outcome = await bare_attempt(stage, row, context(number), runtime)
+            assert (outcome == row) is ("n" in row)
+            seen.append(current_row())
+    finally:
+        pool.close()
+    assert seen == [None] * 3
+    assert collected.seen == [(f"sees {n}", "live", f"t/0/{n}", "waits") for n in (0, 2)]
 
 
 async def test_threads_of_the_pool(collected: Collected) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from decimal import Decimal
 from typing import Any
 
@@ -126,3 +127,49 @@ def test_costs_add_up_exactly(ctx: RowContext) -> None:
         ctx.add_cost(amount, tokens=2)
     assert ctx.cost == Decimal("100000000000000000000.10000000000000000001")
     assert ctx.tokens == 6
+
+
+def _give_key(ctx: RowContext) -> None:
+    ctx.key = "other"
+
+
+def _give_headers(ctx: RowContext) -> None:
+    ctx.headers = {"h": b"1"}
+
+
+def _give_time(ctx: RowContext) -> None:
+    ctx.timestamp = 2_000
+
+
+def _fall_back(ctx: RowContext) -> None:
+    ctx.is_defaulted = True
+
+
+def _adopt_key(ctx: RowContext) -> None:
+    attempt = ctx.fork()
+    attempt.key = "other"
+    ctx.adopt(attempt)
+
+
+@pytest.mark.parametrize(
+    ("act", "bare"),
+    [
+        (lambda _: None, True),
+        (lambda ctx: ctx.adopt(ctx.fork()), True),
+        (lambda ctx: ctx.emitted, True),
+        (lambda ctx: ctx.add_cost(0), True),
+        (lambda ctx: ctx.add_cost(1), False),
+        (lambda ctx: ctx.add_cost(0, tokens=1), False),
+        (lambda ctx: ctx.emit("side", {}), False),
+        (_give_key, False),
+        (_give_headers, False),
+        (_give_time, False),
+        (_fall_back, False),
+        (_adopt_key, False),
+    ],
+)
+def test_whether_results_need_the_context(act: Callable[[RowContext], object], bare: bool) -> None:
+    """A context that nothing was asked of, and nothing was put into, is recognised."""
+    ctx = RowContext("orders", 2, 17, 1_000, "k", (), "live")
+    act(ctx)
+    assert ctx.is_bare(1_000) is bare

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from rowmill.state.codec import MAX_DEPTH, decode, dumps, encode, loads
+from rowmill.state.codec import MAX_DEPTH, decode, decode_all, dumps, encode, encode_all, loads
 from rowmill.state.errors import BadRowError
 
 LARGEST, SMALLEST = 2**64 - 1, -(2**63)
@@ -162,3 +162,21 @@ def test_a_row_that_holds_itself() -> None:
     row["self"] = row
     with pytest.raises(BadRowError):
         encode(row)
+
+
+def test_odd_values_far_back_in_a_lot() -> None:
+    """However many rows come before it, a value that cannot be taken as it is has the lot looked at one by one."""
+    plain = [encode({"n": n}) for n in range(200)]
+    assert decode_all(plain, 100) == [{"n": n} for n in range(200)]
+    for odd in (b'{"n":%d}' % 2**64, b'{"n":' * 200 + b"1" + b"}" * 200, b'{"n":"' + b"x" * 100 + b'"}', b"[1]", None):
+        assert decode_all([*plain, odd], 100) is None
+    many = encode({"n": [[1]] * 200})
+    assert decode_all([*plain, many], 10_000) == [*({"n": n} for n in range(200)), {"n": [[1]] * 200}]
+
+
+def test_a_lot_is_written_at_once() -> None:
+    """Rows are written as they are one by one; one that cannot be is told."""
+    rows = [{"n": n, "t": np.int64(n)} for n in range(3)]
+    assert encode_all(rows) == [encode(row) for row in rows]
+    with pytest.raises(BadRowError, match="set"):
+        encode_all([*rows, {"n": {1}}])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import pytest
@@ -11,7 +12,8 @@ from rowmill.state.codec import dumps, loads
 from rowmill.state.errors import BadRowError, ConfigError
 from rowmill.state.memory import MemoryStore
 from rowmill.state.model import StoredRecord
-from rowmill.state.table import RowTables, TableSpec
+from rowmill.state.store import StoreError
+from rowmill.state.table import RowTables, TableSpec, stamp
 from rowmill.state.tables import Layer, PartitionTables, TableUpdateError
 
 NOW = 1_750_000_000_000
@@ -21,9 +23,10 @@ SPECS = {"counts": TableSpec("counts"), "seen": TableSpec("seen", ttl_ms=10_000)
 class Bench:
     """A partition's tables over a store that tests may look into."""
 
-    def __init__(self, content: dict[bytes, bytes] | None = None) -> None:
+    def __init__(self, content: dict[bytes, bytes] | None = None, recent_bytes: int = 0) -> None:
         self.content = {} if content is None else content
-        self.tables = PartitionTables(MemoryStore(content=self.content), SPECS)
+        self.store = MemoryStore(content=self.content)
+        self.tables = PartitionTables(self.store, SPECS, lambda: recent_bytes)
 
     def row(self, time_ms: int = NOW) -> RowTables:
         """A row that begins now."""
@@ -49,10 +52,10 @@ class Bench:
         return {record.key or b"": record.value for record in records}
 
 
-@pytest.fixture
-def bench() -> Bench:
-    """Fresh tables."""
-    return Bench()
+@pytest.fixture(params=[0, 400, 1_000_000], ids=["forgetful", "of_short_memory", "of_long_memory"])
+def bench(request: pytest.FixtureRequest) -> Bench:
+    """Fresh tables, with and without a memory of what was used last."""
+    return Bench(recent_bytes=request.param)
 
 
 def test_a_row_sees_its_own_writes(bench: Bench) -> None:
@@ -157,6 +160,64 @@ def test_what_was_never_committed_is_gone(bench: Bench) -> None:
     bench.tables.take()
     bench.put("counts", "k", 3)
     assert Bench(bench.content).row().table("counts").get("k") == 1
+
+
+def test_what_was_used_last_is_remembered() -> None:
+    """What was written or read, an absence too, is not read from the store again."""
+    bench = Bench({b"counts/old": stamp(SPECS["counts"], 1, NOW)}, recent_bytes=10_000)
+    bench.put("counts", "new", 2)
+    bench.commit()
+
+    def seen() -> list[Any]:
+        return [bench.row().table("counts").get(key) for key in ("old", "new", "none")]
+
+    assert seen() == [1, 2, None]
+    bench.store.close()
+    assert seen() == [1, 2, None]
+
+
+def test_memory_is_bounded() -> None:
+    """However many entries are used, those in memory stay within the bytes given; what is used all the time stays."""
+    bench = Bench(recent_bytes=20_000)
+    for number in range(1_000):
+        bench.put("counts", f"k{number}", number)
+        bench.commit()
+        assert bench.row().table("counts").get("k0") == 0
+    bench.store.close()
+    remembered = 0
+    for number in range(1_000):
+        with contextlib.suppress(StoreError):
+            assert bench.tables.get(b"counts/k%d" % number) is not None
+            remembered += 1
+    assert 50 < remembered < 20_000 / 130
+    assert bench.row().table("counts").get("k0") == 0
+
+
+def test_what_a_read_found_before_a_write_is_not_remembered() -> None:
+    """A commit may be written while another row's read of the same entry is under way: the new value stays."""
+
+    class SlowStore(MemoryStore):
+        def get(self, key: bytes) -> bytes | None:
+            found = super().get(key)
+            if key == b"counts/k" and not meanwhile:
+                meanwhile.append(key)
+                bench.put("counts", "k", 2)
+                bench.commit()
+            return found
+
+    meanwhile: list[bytes] = []
+    bench = Bench({b"counts/k": stamp(SPECS["counts"], 1, NOW)})
+    bench.tables = PartitionTables(SlowStore(content=bench.content), SPECS, lambda: 10_000)
+    assert bench.row().table("counts").get("k") == 1
+    assert bench.row().table("counts").get("k") == 2
+
+
+def test_a_restore_is_not_hidden_by_what_was_read_before() -> None:
+    """What was looked up before the changelog was loaded is looked up again."""
+    bench = Bench(recent_bytes=10_000)
+    assert bench.tables.own(b"counts/k") is None
+    bench.tables.load([StoredRecord("c", 0, 0, NOW, b"counts/k", b"1")], 1)
+    assert bench.tables.own(b"counts/k") == b"1"
 
 
 def test_layers(bench: Bench) -> None:
