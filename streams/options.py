@@ -36,7 +36,8 @@ class WorkerOptions:
             some may appear again, and tables and context may count them twice.
         state_dir: the folder for tables and cached answers, of which each worker takes a part of its own; None:
             ``state`` in the embedded broker's folder, else ``.rowmill/state``.
-        table_cache_bytes: memory of RocksDB in the whole worker, from 8 MiB (64 MiB); half as much again for what was used last.
+        table_cache_bytes: memory of RocksDB in the whole worker, from 8 MiB (64 MiB); what was used last takes half as
+            much again.
         max_deaths: at how many deaths of its process a row may be seen in work before it becomes a dead letter unrun
             (3). Looking begins after a first death. 0: never.
         create_topics: whether missing sources, sinks and dead-letter topics are made (True).
