@@ -43,8 +43,11 @@ demo: setup ## run the example on the embedded broker: progress, summary, correl
 	@echo
 	@echo "the commands are in $(BIN): \`. $(BIN)/activate\` puts them on the PATH"
 
-test: setup ## every test; those on Apache Kafka where Java and Maven (or Docker) are
-	$(PYTEST)
+# Each worker has a Kafka of its own and takes whole files, in order: the long ones of chaos and integration first.
+JOBS ?= 2
+
+test: setup ## every test, two at a time (JOBS=0: one by one); those on Apache Kafka where Java and Maven (or Docker) are
+	$(PYTEST) -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 unit: setup ## the quick tests only
 	$(PYTEST) tests/unit tests/property -x -q

@@ -147,8 +147,8 @@ def _json_type(value: Any) -> str:
 
 
 def _brackets(text: bytes) -> int:
-    """How many open. Cutting looks for them with memchr, counting byte by byte: 0.1 and 1.0 µs for 1 KB here."""
-    return len(text.split(b"{")) + len(text.split(b"[")) - 2
+    """How many open. That there is none is found at once; counting looks at each byte."""
+    return text.count(b"{") + (text.count(b"[") if b"[" in text else 0)
 
 
 def _check_depth(row: Row, max_depth: int) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 from itertools import groupby, repeat
@@ -27,7 +27,7 @@ from ..state.codec import all_dicts, decode, decode_all, encode, encode_all
 from ..state.context import sum_costs
 from ..state.errors import BadRowError, ConfigError
 from ..state.model import RESERVED_PREFIX, Headers, Outgoing, Record, TopicPartition
-from ..state.table import RowTables
+from ..state.table import RowTables, TableSpec
 from ..state.tables import Layer, PartitionTables, TableUpdateError
 from .catalog import Catalog, UnknownTopicsError
 from .dead_letters import dead_letter
@@ -51,6 +51,7 @@ TABLES_STAGE = "tables"
 """Stands for a table's ``update`` in dead letters: it raised when the row completed."""
 
 _AHEAD_MS = 60_000
+_SLICE_ROWS = 500
 _RECORD_OVERHEAD = 2_048  # our own headers, lengths and the batch's head, generously
 
 
@@ -250,30 +251,53 @@ class Processor:
         """
         try:
             with self._traced_lots.lot(records) if self._traced_lots is not None else nullcontext():
-                return await self._process(Batch(records))
+                layer = Layer(self._tables) if self._tables and self._chain.takes_context else None
+                loop = asyncio.get_running_loop()
+                if self._chain.is_sync:
+                    effects = await self._runtime.pool.run(self._run_sync, records, layer, loop)
+                else:
+                    effects = await self._run_async(Batch(records), layer, loop)
         except _InterruptedError as interrupted:
             raise interrupted.error from interrupted
-
-    async def _process(self, batch: Batch) -> Effects:
-        lot = _Lot(self, batch, self._tables, self._row_by_row) if self._tables and self._chain.takes_context else None
-        if self._chain.is_sync:
-            effects = await self._runtime.pool.run(self._decode_and_run, batch, lot)
-        else:
-            self.decode(batch, lot)
-            await self._chain.run(batch.rows, batch.contexts, self._runtime)
-            if self._traced_rows is not None:
-                self._traced_rows.end_all(batch.contexts, batch.rows)
-            batch.cut()
-            effects = await self._runtime.pool.run(self._settle_and_encode, batch, lot)
-        while not isinstance(effects, Effects):
-            await self._catalog.ensure(effects.names)
-            effects = await self._runtime.pool.run(self._settle_and_encode, batch, lot)
-        effects.tables = lot.layer if lot else None
-        effects.halted_by = batch.halted_by
-        # Contexts refer to the lot, which refers to its batch: without this cut all rows of a lot would be left to the
-        # garbage collector, which took half of a stateful job's time.
-        batch.contexts = None
+        effects.tables = layer
         return effects
+
+    def _run_sync(self, records: Sequence[Record], layer: Layer | None, loop: asyncio.AbstractEventLoop) -> Effects:
+        """The hot path of plain functions, on a thread: decode, run, settle and encode.
+
+        In slices, where each row runs through the whole chain before the next one anyway: what one step made of a row
+        is still near when the next one needs it, and dies young. Rows that write to tables took a fifth longer in
+        whole lots of 2,000; slices of 128 rows were no better.
+        """
+        effects = Effects()
+        size = _SLICE_ROWS if self._row_by_row else len(records) or 1
+        for start in range(0, len(records), size):
+            batch = Batch(records[start : start + size])
+            lot = self._lot(batch, layer, loop)
+            self.decode(batch, lot)
+            self._chain.run_sync(batch.rows, batch.contexts)
+            batch.cut()
+            effects.merge(self._settle_and_encode(batch, lot, loop))
+            if batch.halted_by is not None:
+                effects.halted_by = batch.halted_by
+                break
+        return effects
+
+    async def _run_async(self, batch: Batch, layer: Layer | None, loop: asyncio.AbstractEventLoop) -> Effects:
+        lot = self._lot(batch, layer, loop)
+        self.decode(batch, lot)
+        await self._chain.run(batch.rows, batch.contexts, self._runtime)
+        if self._traced_rows is not None:
+            self._traced_rows.end_all(batch.contexts, batch.rows)
+        batch.cut()
+        effects = await self._runtime.pool.run(self._settle_and_encode, batch, lot, loop)
+        effects.halted_by = batch.halted_by
+        return effects
+
+    def _lot(self, batch: Batch, layer: Layer | None, loop: asyncio.AbstractEventLoop) -> _Lot | None:
+        if self._tables is None or layer is None:
+            return None
+        return _Lot(self, batch, self._tables.specs, layer, loop, self._row_by_row)
 
     async def encode(self, batch: Batch) -> Effects:
         """The effects of a batch that ran; topics that rows are emitted to are looked up on the way."""
@@ -347,19 +371,22 @@ class Processor:
         value = encode(outcome)
         return value if len(value) + len(record.key or b"") <= self._plain_limit else None
 
-    def _decode_and_run(self, batch: Batch, lot: _Lot | None) -> Effects | UnknownTopicsError:
-        self.decode(batch, lot)
-        self._chain.run_sync(batch.rows, batch.contexts)
-        batch.cut()
-        return self._settle_and_encode(batch, lot)
-
-    def _settle_and_encode(self, batch: Batch, lot: _Lot | None) -> Effects | UnknownTopicsError:
-        try:
-            if lot is not None:
-                lot.settle(len(batch.records))
-        except UnknownTopicsError as unknown:
-            return unknown
-        return self._encode(batch)
+    def _settle_and_encode(self, batch: Batch, lot: _Lot | None, loop: asyncio.AbstractEventLoop) -> Effects:
+        """On a thread; topics that rows are emitted to are looked up on the way."""
+        while True:
+            try:
+                if lot is not None:
+                    lot.settle(len(batch.records))
+                effects = self._encode(batch)
+                if isinstance(effects, UnknownTopicsError):
+                    raise effects
+            except UnknownTopicsError as unknown:
+                self.look_up(unknown.names, loop)
+            else:
+                # Contexts refer to the lot, which refers to its batch: without this cut all rows of a lot would be
+                # left to the garbage collector, which took half of a stateful job's time.
+                batch.contexts = None
+                return effects
 
     def look_up(self, names: frozenset[str], loop: asyncio.AbstractEventLoop) -> None:
         """Look topics up from a thread, while its lot cannot go on without.
@@ -620,15 +647,23 @@ class _Lot:
     are settled when it first looks. In other chains the rows of a lot are concurrent: none sees another's writes.
     """
 
-    def __init__(self, processor: Processor, batch: Batch, tables: PartitionTables, row_by_row: bool) -> None:
+    def __init__(
+        self,
+        processor: Processor,
+        batch: Batch,
+        specs: Mapping[str, TableSpec],
+        layer: Layer,
+        loop: asyncio.AbstractEventLoop,
+        row_by_row: bool,
+    ) -> None:
         self._processor = processor
         self._batch = batch
         self._row_by_row = row_by_row
-        self._loop = asyncio.get_running_loop()
+        self._loop = loop
         self._settled = 0
-        self._specs = tables.specs
+        self._specs = specs
         self._now_ms = processor.now_ms()  # once: rows of the future are no newer than the moment when they are begun
-        self.layer = Layer(tables)
+        self.layer = layer
 
     def view(self, place: int, _: object) -> RowTables:
         """The tables of the row at that place."""

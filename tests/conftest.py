@@ -1,23 +1,32 @@
-"""What every suite shares: Apache Kafka on demand, and a check that no process outlives the session."""
+"""What every suite shares: Apache Kafka on demand, turns for tests that must run alone, no process left over."""
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import fcntl
 import os
 import signal
 import sys
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import hypothesis
 import pytest
+from rowmill.state.errors import RowmillError
+from rowmill.streams.brokers.open import open_broker
 
 # Test files are imported one by one (--import-mode=importlib), so nothing else puts tests/ on the path.
 sys.path.insert(0, str(Path(__file__).parent))
 
 from support.kafka_server import KafkaServer, KafkaUnavailableError, find_source
+
+# What a shell starts in the background ignores SIGINT, and so do its children: tests of Ctrl-C would wait in vain.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # The machine is shared: how long one example takes says nothing.
 hypothesis.settings.register_profile("rowmill", deadline=None)
@@ -25,6 +34,12 @@ hypothesis.settings.load_profile("rowmill")
 
 SOURCE = pytest.StashKey[type[KafkaServer] | str]()
 """The class that runs Kafka here, or why there is none."""
+
+NODE = pytest.StashKey[KafkaServer]()
+"""The node that this session started for all its tests."""
+
+GATE, ROOM = Path(__file__), Path(__file__).parent / "support" / "kafka_server.py"
+"""Two files to lock. Which ones does not matter: these are there for every worker, and nothing is left behind."""
 
 SESSION_VARIABLE = "ROWMILL_TEST_SESSION"
 PYTHONS_OWN_HELPERS = (b"multiprocessing.resource_tracker", b"multiprocessing.forkserver")
@@ -50,6 +65,39 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     names = set(getattr(item, "fixturenames", ()))
     if "kafka_server" in names or ("kafka" in names and not os.environ.get("ROWMILL_TEST_BOOTSTRAP")):
         _source_or_skip(item.config)
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)  # around pytest-timeout: waiting for a turn takes none of a test's time
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    """With several workers, a test marked ``alone`` runs while the others stand still."""
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        return (yield)
+    with _turn(alone=item.get_closest_marker("alone") is not None):
+        return (yield)
+
+
+@contextlib.contextmanager
+def _turn(*, alone: bool) -> Iterator[None]:
+    """Be in the room with others, or alone: who wants that shuts the gate, so that nobody new comes in meanwhile."""
+    if alone:
+        with _locked(GATE, fcntl.LOCK_EX), _locked(ROOM, fcntl.LOCK_EX):
+            yield
+        return
+    with _locked(GATE, fcntl.LOCK_SH):
+        pass
+    with _locked(ROOM, fcntl.LOCK_SH):
+        yield
+
+
+@contextlib.contextmanager
+def _locked(path: Path, how: int) -> Iterator[None]:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, how)
+        yield
+    finally:
+        fcntl.flock(descriptor, fcntl.LOCK_UN)  # to close it would not do where a forked child has it open too
+        os.close(descriptor)
 
 
 def _find_source(config: pytest.Config) -> type[KafkaServer] | str:
@@ -78,7 +126,32 @@ def kafka(pytestconfig: pytest.Config) -> Iterator[str]:
         yield given
         return
     with _source_or_skip(pytestconfig)() as server:
+        pytestconfig.stash[NODE] = server
         yield server.bootstrap
+        del pytestconfig.stash[NODE]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_topic_left_over(pytestconfig: pytest.Config) -> Iterator[None]:
+    """Remove a file's topics from the session's node: whatever looks sessions up reads all that were left there.
+
+    This only saves time, so that where it does not work the topics stay.
+    """
+    yield
+    if NODE in pytestconfig.stash:
+        with ThreadPoolExecutor(1) as thread, contextlib.suppress(RowmillError, TimeoutError):
+            # A thread, because here may be an event loop of a test's.
+            thread.submit(asyncio.run, _remove_topics(pytestconfig.stash[NODE])).result()
+
+
+async def _remove_topics(node: KafkaServer) -> None:
+    broker = open_broker(f"kafka://{node.bootstrap}", environment={})
+    try:
+        async with asyncio.timeout(30):
+            await broker.start()
+            await broker.delete_topics(list(await broker.topics()))
+    finally:
+        await broker.close()
 
 
 @pytest.fixture

@@ -275,6 +275,7 @@ class BrokerContract:
 
     # -- reading ---------------------------------------------------------------------------------------
 
+    @pytest.mark.alone
     async def test_empty_fetch_waits_idle(self, broker: Broker, tps: list[TopicPartition]) -> None:
         """With nothing to read a fetch waits about as long as it was told to, and spends no time computing."""
         async with self.reading(broker, *tps) as reader:
@@ -298,6 +299,7 @@ class BrokerContract:
                 assert await reader.fetch(partitions, 10, 0.2) == {}
                 assert time.monotonic() - began >= 0.015
 
+    @pytest.mark.alone
     async def test_waiting_fetch_wakes_up(self, broker: Broker, tps: list[TopicPartition], producer: Producer) -> None:
         """A record written while a fetch waits ends the wait soon, not at the timeout."""
         async with self.reading(broker, *tps) as reader:

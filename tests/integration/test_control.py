@@ -23,6 +23,7 @@ from rowmill import open_broker
 from rowmill.state.clock import SystemClock
 from rowmill.state.execution import REQUESTS, Wanted
 from rowmill.state.model import Outgoing, TopicPartition
+from rowmill.streams import control_watch
 from rowmill.streams.brokers.base import Broker, TopicSpec
 from rowmill.streams.collect import read_topic
 from rowmill.streams.control import ControlTopic, ControlWatch, note_failure, register, request
@@ -155,6 +156,7 @@ def kill_between_begin_and_end(url: str, group: str) -> None:
     assert done.returncode == -signal.SIGKILL, done.stderr
 
 
+@pytest.mark.alone
 async def test_an_operator_killed_between_begin_and_end(broker_url: str, name: str) -> None:
     """What it wrote is never seen: the next operator of the session ends it at once, and watchers hear only of theirs.
 
@@ -365,6 +367,7 @@ async def until(condition: Callable[[], Any], seconds: float = 30) -> None:
             await asyncio.sleep(0.02)
 
 
+@pytest.mark.alone
 async def test_every_watcher_hears_everything_within_two_seconds(broker_url: str, name: str) -> None:
     """Three workers on connections of their own, and an operator on another: the same records in the same order."""
     group = f"rowmill.{name}"
@@ -415,9 +418,10 @@ async def test_an_embedded_topic_that_is_compacted_deleted_and_made_anew(tmp_pat
 
 @pytest.mark.slow
 async def test_a_kafka_that_restarts_compacts_and_loses_the_topic(
-    kafka_server: Callable[..., KafkaServer], name: str
+    kafka_server: Callable[..., KafkaServer], name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The topic comes after the watch; the broker is killed under it, compacts; the topic is deleted and made anew."""
+    monkeypatch.setattr(control_watch, "_CHECK_SECONDS", 5.0)  # instead of thirty, in which nothing else happens
     server = kafka_server(properties={"log.cleaner.backoff.ms": "200", "log.initial.task.delay.ms": "1000"})
     group, url = f"rowmill.{name}", f"kafka://{server.bootstrap}"
     async with opened(url, 2) as (operator, worker), watching(worker.broker, group) as told:
@@ -443,7 +447,7 @@ async def test_a_kafka_that_restarts_compacts_and_loses_the_topic(
             await until(lambda: told[-1] == resumed and late == [resumed])
 
         await operator.broker.delete_topics([CONTROL_TOPIC])
-        await until(lambda: told[-1] is None, 60)  # looked for every 30 s where nothing comes
+        await until(lambda: told[-1] is None, 60)
         anew = await register(operator, session(name))
         await until(lambda: told[-1] == anew)
     assert told == [first, paused, resumed, None, anew]

@@ -22,7 +22,7 @@ from rowmill.state.clock import SystemClock
 from rowmill.state.errors import RowmillError
 from rowmill.streams.brokers.base import Broker
 from rowmill.streams.client import publish_input
-from rowmill.streams.collect import partitions_of
+from rowmill.streams.collect import partitions_of, read_topic
 from rowmill.streams.event_records import EVENTS_TOPIC, EventRecord
 from rowmill.streams.events import EventPublisher, follow_events, recent_events, recent_progress
 from rowmill.streams.inputs import make_input
@@ -176,6 +176,7 @@ def per_call(publisher: EventPublisher, kind: str, calls: int, costs: list[float
         costs.append((time.thread_time_ns() - before) / 1e6)
 
 
+@pytest.mark.alone
 async def test_telling_costs_next_to_nothing(broker_url: str, name: str) -> None:
     """100,000 events from four threads: at most 3 µs each, all accounted for, and the loop goes on meanwhile."""
     async with opened(broker_url) as broker:
@@ -209,6 +210,7 @@ async def test_telling_costs_next_to_nothing(broker_url: str, name: str) -> None
 # --- brokers that are away -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.alone
 async def test_kafka_goes_away_and_comes_back(kafka_server: Callable[..., KafkaServer], name: str) -> None:
     """Killed for some seconds: events told meanwhile arrive in order, none twice, and the loop never stands still."""
     server = kafka_server()
@@ -238,6 +240,7 @@ async def test_kafka_goes_away_and_comes_back(kafka_server: Callable[..., KafkaS
         assert 51 - len(numbers) <= publisher.dropped <= 51  # at most what was under way, acknowledged or not
 
 
+@pytest.mark.alone
 async def test_the_end_while_kafka_hangs(kafka_server: Callable[..., KafkaServer], name: str) -> None:
     """Two seconds after it was asked for it is over, with what could not be written counted."""
     server = kafka_server()
@@ -264,6 +267,7 @@ async def test_the_end_while_kafka_hangs(kafka_server: Callable[..., KafkaServer
         await until(lambda: not any(publisher._leaving for publisher in publishers))  # their producers, late
 
 
+@pytest.mark.alone
 async def test_an_embedded_broker_that_is_locked(tmp_path: Path, name: str) -> None:
     """While another process writes, events wait, the loop goes on, and the end comes in time."""
     async with opened(f"local://{tmp_path}/broker") as broker:
@@ -422,10 +426,12 @@ async def test_kafkas_own_tools(kafka: str, name: str) -> None:
         await publisher.start()
         tell(publisher, 1, 2, 3)
         await publisher.close()
+        there = sum([len(records) async for records in read_topic(broker, EVENTS_TOPIC)])
         printed = await asyncio.to_thread(
             kafka_tool,
             "console-consumer",
-            *("--bootstrap-server", kafka, "--topic", EVENTS_TOPIC, "--from-beginning", "--timeout-ms", "8000"),
+            *("--bootstrap-server", kafka, "--topic", EVENTS_TOPIC, "--from-beginning"),
+            *("--max-messages", str(there), "--timeout-ms", "30000"),
         )
         lines = [json.loads(line) for line in printed.splitlines() if line.startswith("{") and name in line]
         assert [line["data"]["n"] for line in lines] == [1, 2, 3]

@@ -171,6 +171,7 @@ def check_hangs(calls: list[Call], timeout: float) -> int:
 # --- tests ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.alone
 async def test_five_thousand_rows_through_a_flaky_service(broker_url: str, name: str) -> None:
     """Every row ends in the one right way; the service was called no faster, no oftener and no longer than allowed."""
     await asyncio.to_thread(publish, name, [{"n": n} for n in range(ROWS)], broker=broker_url)
@@ -200,6 +201,7 @@ async def test_five_thousand_rows_through_a_flaky_service(broker_url: str, name:
     assert all(per_row[n] == ATTEMPTS for n in range(8, ROWS, 1_000))
 
 
+@pytest.mark.alone
 async def test_a_limit_holds_when_slots_were_busy(tmp_path: Path, name: str) -> None:
     """Rows whose turn came while every slot was taken do not all begin together afterwards."""
 
@@ -224,6 +226,7 @@ async def test_a_limit_holds_when_a_breaker_was_open(tmp_path: Path, name: str) 
     check_pace(calls, 100, 1)
 
 
+@pytest.mark.alone
 async def test_retry_after_holds_for_rows_whose_turn_had_come(tmp_path: Path, name: str) -> None:
     """A request to wait is obeyed also by rows that might have begun before it, had a slot been free."""
     came = count(1)

@@ -172,6 +172,14 @@ async def committed_offsets(broker: Broker, session: Session, tp: TopicPartition
     return {o for o in range(known.end) if o < known.low or o not in known.incomplete}
 
 
+async def called(calls: Path, times: int, seconds: float) -> None:
+    """Wait until a worker called its handler so often, but no longer than so many seconds."""
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(seconds):
+            while len(calls.read_text().split()) < times:
+                await asyncio.sleep(0.2)
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(280)
 async def test_no_committed_row_runs_again_after_sigkill(broker_url: str, name: str, tmp_path: Path) -> None:
@@ -195,7 +203,11 @@ async def test_no_committed_row_runs_again_after_sigkill(broker_url: str, name: 
     while len(done) < total:
         calls.write_text("")
         process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
-        await asyncio.sleep(chance.uniform(0.8, 3.0) if kills < 10 else 12)
+        if kills < 10:
+            await asyncio.sleep(chance.uniform(0.8, 3.0))
+        else:
+            await called(calls, total - len(done), 12)
+            await asyncio.sleep(1)  # for the last commit
         process.kill()
         await asyncio.to_thread(process.wait, 10)
         kills += 1

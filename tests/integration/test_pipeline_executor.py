@@ -488,6 +488,7 @@ def test_the_manager_keeps_the_context(tmp_path: Path) -> None:
 # --- cancel ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("kind", ["async", "blocking"])
 def test_cancel_during_a_minute_long_handler(broker_url: str, name: str, kind: str) -> None:
     """Execute returns within two seconds; what completed is kept, and the rest runs when it is resumed."""
@@ -537,6 +538,7 @@ def test_cancel_during_a_minute_long_handler(broker_url: str, name: str, kind: s
     assert sum(calls.values()) <= 60 + 8
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("kind", ["plain", "partition", "batch", "timeout", "asyncio's threads"])
 def test_cancel_whatever_hangs(tmp_path: Path, kind: str) -> None:
     """Also lot by lot, in batches, behind a time limit, and where handlers hold all of asyncio's own threads."""

@@ -25,6 +25,7 @@ LEAST = 0.2
 COUNT, KEYS = 30, 10
 
 
+@pytest.mark.alone
 @pytest.mark.slow
 def test_rowmill_keeps_up_with_the_floor(kafka: str) -> None:
     """A fifth of what a bare transactional loop does is always there: the best of three runs each, in turn."""

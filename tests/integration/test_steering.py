@@ -124,6 +124,7 @@ def test_paused_through_a_change_of_workers(bench: Bench) -> None:
     assert done.isdisjoint(bench.calls()[len(calls) :])
 
 
+@pytest.mark.alone
 @pytest.mark.timeout(180)
 def test_cancel_amid_slow_rows(bench: Bench) -> None:
     """Cancelled during handlers that take a minute, the worker is gone within two seconds; the next start goes on."""

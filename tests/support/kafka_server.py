@@ -39,6 +39,8 @@ from typing import Any, Self
 POM = Path(__file__).with_name("pom.xml")
 FOLDER_PREFIX = "rowmill-kafka-"
 HOST = "127.0.0.1"
+WORKERS = 8
+"""Of pytest-xdist, at most, that take care not to choose each other's ports."""
 
 TOOLS = {
     "configs": "kafka.admin.ConfigCommand",
@@ -525,10 +527,12 @@ def free_port(first: int = 20_000, last: int = 32_000) -> int:
     """A port that nobody listens on.
 
     Below the range from which the kernel takes ports for outgoing connections, or one of those could sit on it
-    while the node is down.
+    while the node is down. Each worker of pytest-xdist (``gw0``, ``gw1``, …) has numbers of its own, or two could
+    take the same one before either listens.
     """
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")) % WORKERS
     for _ in range(200):
-        port = random.randint(first, last)
+        port = random.randint(first, last) // WORKERS * WORKERS + worker
         if port_is_free(port):
             return port
     raise KafkaStartError(f"no free port found from {first} to {last}: is something holding them all?")

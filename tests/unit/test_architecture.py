@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import statistics
 from collections.abc import Iterator
 from pathlib import Path
@@ -38,16 +39,26 @@ def name_of(path: Path) -> str:
     return path.relative_to(ROOT).as_posix()
 
 
-def imports(path: Path) -> Iterator[tuple[int, str]]:
+@functools.cache
+def nodes(path: Path) -> list[ast.AST]:
+    """Everything in a file's syntax tree."""
+    return list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+
+
+@functools.cache
+def imports(path: Path) -> list[tuple[int, str]]:
     """The modules that a file imports at run time: level of relativity and dotted name."""
-    tree = ast.parse(path.read_text(encoding="utf-8"))
+    return list(_imports(path))
+
+
+def _imports(path: Path) -> Iterator[tuple[int, str]]:
     for_types = {
         id(inner)
-        for node in ast.walk(tree)
+        for node in nodes(path)
         if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
         for inner in ast.walk(node)
     }
-    for node in ast.walk(tree):
+    for node in nodes(path):
         if id(node) in for_types:
             continue
         if isinstance(node, ast.Import):
@@ -86,7 +97,7 @@ def test_imports_run_one_way(path: Path) -> None:
 @pytest.mark.parametrize("path", FILES, ids=name_of)
 def test_no_eval(path: Path) -> None:
     """Nothing is evaluated, executed or run through a shell."""
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in nodes(path):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
             assert node.func.id not in {"eval", "exec", "__import__"}
         if isinstance(node, ast.keyword) and node.arg == "shell":
@@ -97,7 +108,7 @@ def lengths() -> dict[str, int]:
     """Lines of every function of the package, docstrings aside: what has to be read to know what it does."""
     found = {}
     for path in FILES:
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        for node in nodes(path):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
                 first = node.body[0]
                 documented = isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant)

@@ -199,7 +199,7 @@ class TestKeys:
             cache.key({"text": 1})
         assert cache.refused == 0
 
-    @pytest.mark.parametrize("value", [object(), {1, 2}, {"a": 1, 2: 3}, 1j], ids=str)
+    @pytest.mark.parametrize("value", [object(), {1, 2}, {"a": 1, 2: 3}, 1j], ids=lambda value: type(value).__name__)
     def test_what_has_no_form_is_not_cached(self, value: Any, caplog: pytest.LogCaptureFixture) -> None:
         """Two values that look alike must not share an answer: the row runs, is counted, and one line says so."""
         cache = made()
@@ -319,7 +319,7 @@ class TestAnswers:
     @pytest.mark.parametrize(
         "outcome",
         [
-            {"a": object()},
+            pytest.param({"a": object()}, id="an object"),
             {"a": math.nan},
             {"a": (1, 2)},
             {"a": datetime(2024, 1, 1, tzinfo=UTC)},
@@ -882,13 +882,13 @@ class TestFingerprint:
             len,
             dict,
             str.upper,
-            "text".upper,
+            pytest.param("text".upper, id="a bound builtin"),
             print,
-            re.compile("a").match,
+            pytest.param(re.compile("a").match, id="a pattern's method"),
             math.sqrt,
             5,
             None,
-            object(),
+            pytest.param(object(), id="an object"),
             types,
             enum.Enum,
         ],

@@ -32,7 +32,11 @@ async def publish(broker: FakeBroker, *, until: int | None = None) -> Publisher:
     return publisher
 
 
-@pytest.mark.parametrize("left", [set(places) for places in product((None, 0, 1, "group"), repeat=2)], ids=str)
+@pytest.mark.parametrize(
+    "left",
+    [set(places) for places in product((None, 0, 1, "group"), repeat=2)],
+    ids=lambda left: "-".join(sorted(map(str, left))),
+)
 @pytest.mark.parametrize("commit", [True, False])
 async def test_markers_that_were_given_up(left: set[Any], commit: bool) -> None:
     """Whichever of its places a transaction was not ended in, committed or aborted: each row is there once."""
