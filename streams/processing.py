@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 from itertools import groupby, repeat
 from operator import attrgetter
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 from ..handlers.capture import LogLines, lines_of
 from ..handlers.chain import Chain
@@ -113,6 +113,18 @@ class Effects:
         self.failures.clear()
         self.rebuilt, self.rebuilt_failed = self.rows, self.dead_letters
         self.results = self.dropped = self.skipped = self.defaulted = self.dead_letters = self.emitted = 0
+
+
+_Work: TypeAlias = "Generator[frozenset[str], None, Effects]"
+"""Work that goes on until it lacks topics, whose names it yields; call it again when they are known."""
+
+
+def _go_on(work: _Work) -> Effects | frozenset[str]:
+    try:
+        return next(work)
+    except StopIteration as end:
+        effects: Effects = end.value
+        return effects
 
 
 class _InterruptedError(BaseException):
@@ -252,17 +264,24 @@ class Processor:
         try:
             with self._traced_lots.lot(records) if self._traced_lots is not None else nullcontext():
                 layer = Layer(self._tables) if self._tables and self._chain.takes_context else None
-                loop = asyncio.get_running_loop()
                 if self._chain.is_sync:
-                    effects = await self._runtime.pool.run(self._run_sync, records, layer, loop)
+                    effects = await self._on_threads(self._run_sync(records, layer, asyncio.get_running_loop()))
                 else:
-                    effects = await self._run_async(Batch(records), layer, loop)
+                    effects = await self._run_async(Batch(records), layer, asyncio.get_running_loop())
         except _InterruptedError as interrupted:
             raise interrupted.error from interrupted
         effects.tables = layer
         return effects
 
-    def _run_sync(self, records: Sequence[Record], layer: Layer | None, loop: asyncio.AbstractEventLoop) -> Effects:
+    async def _on_threads(self, work: _Work) -> Effects:
+        """Have work done on threads; topics that it lacks are looked up here."""
+        while True:
+            done = await self._runtime.pool.run(_go_on, work)
+            if isinstance(done, Effects):
+                return done
+            await self._catalog.ensure(done)
+
+    def _run_sync(self, records: Sequence[Record], layer: Layer | None, loop: asyncio.AbstractEventLoop) -> _Work:
         """The hot path of plain functions, on a thread: decode, run, settle and encode.
 
         In slices, where each row runs through the whole chain before the next one anyway: what one step made of a row
@@ -277,7 +296,7 @@ class Processor:
             self.decode(batch, lot)
             self._chain.run_sync(batch.rows, batch.contexts)
             batch.cut()
-            effects.merge(self._settle_and_encode(batch, lot, loop))
+            effects.merge((yield from self._settle_and_encode(batch, lot)))
             if batch.halted_by is not None:
                 effects.halted_by = batch.halted_by
                 break
@@ -290,7 +309,7 @@ class Processor:
         if self._traced_rows is not None:
             self._traced_rows.end_all(batch.contexts, batch.rows)
         batch.cut()
-        effects = await self._runtime.pool.run(self._settle_and_encode, batch, lot, loop)
+        effects = await self._on_threads(self._settle_and_encode(batch, lot))
         effects.halted_by = batch.halted_by
         return effects
 
@@ -371,22 +390,21 @@ class Processor:
         value = encode(outcome)
         return value if len(value) + len(record.key or b"") <= self._plain_limit else None
 
-    def _settle_and_encode(self, batch: Batch, lot: _Lot | None, loop: asyncio.AbstractEventLoop) -> Effects:
-        """On a thread; topics that rows are emitted to are looked up on the way."""
+    def _settle_and_encode(self, batch: Batch, lot: _Lot | None) -> _Work:
         while True:
             try:
                 if lot is not None:
                     lot.settle(len(batch.records))
                 effects = self._encode(batch)
-                if isinstance(effects, UnknownTopicsError):
-                    raise effects
             except UnknownTopicsError as unknown:
-                self.look_up(unknown.names, loop)
-            else:
-                # Contexts refer to the lot, which refers to its batch: without this cut all rows of a lot would be
-                # left to the garbage collector, which took half of a stateful job's time.
-                batch.contexts = None
-                return effects
+                effects = unknown
+            if isinstance(effects, Effects):
+                break
+            yield effects.names
+        # Contexts refer to the lot, which refers to its batch: without this cut all rows of a lot would be left to the
+        # garbage collector, which took half of a stateful job's time.
+        batch.contexts = None
+        return effects
 
     def look_up(self, names: frozenset[str], loop: asyncio.AbstractEventLoop) -> None:
         """Look topics up from a thread, while its lot cannot go on without.

@@ -304,12 +304,12 @@ class BrokerContract:
         """A record written while a fetch waits ends the wait soon, not at the timeout."""
         async with self.reading(broker, *tps) as reader:
             await reader.fetch(tps, 10, 0.3)
-            fetching = asyncio.create_task(take(reader, tps, 1))
+            fetching = asyncio.create_task(reader.fetch(tps, 10, 8.0))
             await asyncio.sleep(0.05)
             began = time.monotonic()
             await put(producer, tps[2], out(b"hello"))
             assert values_of((await fetching)[tps[2]]) == [b"hello"]
-            assert time.monotonic() - began < 1.5
+            assert time.monotonic() - began < 4.0
 
     async def test_fetch_keeps_to_its_limit(
         self, broker: Broker, tps: list[TopicPartition], producer: Producer

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
+import os
 import subprocess
 from collections import Counter
 from dataclasses import dataclass
@@ -109,7 +111,7 @@ def test_a_pipeline_file_with_processes(tmp_path: Path, name: str) -> None:
     out = tmp_path / "out.jsonl"
     done = subprocess.run(
         [ROWMILL, "run", str(file), "--input", str(rows), "--output", str(out), "--broker", f"local://{tmp_path}/b"],
-        capture_output=True, text=True, timeout=90, check=False,
+        capture_output=True, text=True, timeout=90, check=False, env={**os.environ, "ROWMILL_TEST_MARK": str(tmp_path)},
     )  # fmt: skip
     assert done.returncode in {0, 1}, done.stderr
     import json
@@ -119,8 +121,17 @@ def test_a_pipeline_file_with_processes(tmp_path: Path, name: str) -> None:
     assert all(row["square"] == row["n"] ** 2 for row in found)
     assert "ProcessDiedError" in done.stderr
     assert "HandlerTimeoutError" in done.stderr
-    left = subprocess.run(["pgrep", "-f", "process_child"], capture_output=True, text=True, check=False)
-    assert str(tmp_path) not in left.stdout
+    assert not processes_with(f"ROWMILL_TEST_MARK={tmp_path}"), "its processes outlived it"
+
+
+def processes_with(variable: str) -> list[int]:
+    """Processes that inherited this environment variable."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it has ended meanwhile, or is somebody else's
+            if variable.encode() in (folder / "environ").read_bytes().split(b"\0"):
+                found.append(int(folder.name))
+    return found
 
 
 @dataclass
