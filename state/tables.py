@@ -316,8 +316,9 @@ class _Remembered(Source):
         with self._guard:
             # What was written since may be newer than what was found here: then it is not kept.
             if self._half and writes == self._writes:
+                size = _size(key, value) - self._known_size(key)  # another thread may have read it as well
                 self._young[key] = value
-                self._grow(_size(key, value))
+                self._grow(size)
         return value
 
     def scan(self, prefix: bytes) -> dict[bytes, Stamped]:
@@ -330,12 +331,13 @@ class _Remembered(Source):
 
     def remember(self, written: Mapping[bytes, Stamped | None]) -> None:
         """The store has these now."""
+        half = self._limit() // 2
         with self._guard:
             self._writes += 1
-            self._half = self._limit() // 2
-            if self._half:
+            self._half = half
+            if half:
                 young = self._young
-                size = sum(_size(key, value) for key, value in written.items() if key not in young)
+                size = sum(_size(key, value) - self._known_size(key) for key, value in written.items())
                 young.update(written)
                 self._grow(size)
 
@@ -344,6 +346,10 @@ class _Remembered(Source):
         with self._guard:
             self._writes += 1
             self._old, self._young, self._size = {}, {}, 0
+
+    def _known_size(self, key: bytes) -> int:
+        """Of what is counted already: values grow."""
+        return _size(key, self._young[key]) if key in self._young else 0
 
     def _grow(self, size: int) -> None:
         self._size += size

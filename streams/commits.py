@@ -235,6 +235,7 @@ class Commits:
         self._busy = True
         began = self._clock.monotonic()
         effects = await self._effects_of(pending)
+        self._state.check()
         if effects.outputs:
             await delivery.send(effects.outputs)
             effects.outputs = {}
@@ -270,8 +271,7 @@ class Commits:
         else:
             await self._delivery.send(outputs)
             await self._state.written(None)
-            await self._released.wait()
-            await self._delivery.commit(checkpoint)
+            await self._delivery.commit(checkpoint, self._released)
         self._sent = None
         self._busy = False
         self._done = number

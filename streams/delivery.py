@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 
@@ -75,13 +76,17 @@ class Forwarder:
             raise BrokerError(f"{self._tp}: no producer")
         async with deadline(self._options.broker_timeout, f"{self._tp}: send results"):
             # No tasks, as gather would make: lots are small here, and there are many.
-            await _all([await producer.send(tp, records) for tp, records in outputs.items()])
+            await _written(producer, outputs)
 
-    async def commit(self, checkpoint: Committed) -> None:
+    async def commit(self, checkpoint: Committed, released: asyncio.Event | None = None) -> None:
         """Commit the offset of what was sent before, again and again until the broker says that it did.
 
         The rows are not run again for that: one lost answer would cost all since the last commit. And the request may
         yet come through, late: it would move the offset to where nobody expects it, and the next commit back again.
+
+        Args:
+            checkpoint: what to commit.
+            released: is set while offsets may be committed; not in a rebalance, whose end decides whose they are.
 
         Raises:
             FencedError: the partition belongs to another worker now.
@@ -90,6 +95,8 @@ class Forwarder:
         give_up = self._clock.monotonic() + self._options.stall_timeout
         pause = FIRST_PAUSE
         while True:
+            if released is not None:
+                await released.wait()
             try:
                 await self._commit_once(checkpoint)
             except BrokerError as error:
@@ -116,10 +123,17 @@ class Forwarder:
             await producer.close()
 
 
-async def _all(written: Sequence[Awaitable[None]]) -> None:
-    """Await every one, also after a failure: what is on its way is settled before the first error is raised."""
+async def _written(producer: Producer, outputs: Mapping[TopicPartition, Sequence[Outgoing]]) -> None:
+    """Hand all of it over, then await it; what is on its way is settled before the first error is raised."""
     failure: Exception | None = None
-    for each in written:
+    sent: list[Awaitable[None]] = []
+    for tp, records in outputs.items():
+        try:
+            sent.append(await producer.send(tp, records))
+        except Exception as error:  # noqa: BLE001 - raised below
+            failure = error
+            break
+    for each in sent:
         try:
             await each
         except Exception as error:  # noqa: BLE001 - raised below

@@ -288,11 +288,19 @@ class PartitionState:
         """What is pending in the tables: in the same moment in which the checkpoint is taken.
 
         Raises:
+            StoreError: as :meth:`check`.
+        """
+        self.check()
+        return {} if self._tables is None else self._tables.take()
+
+    def check(self) -> None:
+        """Before results of rows leave this process, by whatever way.
+
+        Raises:
             StoreError: some row read from a store that failed, whether or not its handler let that show.
         """
         if self._tables is not None and self._tables.failure is not None:
             raise self._tables.failure
-        return {} if self._tables is None else self._tables.take()
 
     def note_starts(self, records: Sequence[Record]) -> None:
         """These rows begin."""

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-_PYTHONS_CHOICE, _NEW_OBJECTS = 700, 50_000
+_PYTHONS_CHOICES, _NEW_OBJECTS = (700, 2_000), 50_000  # until 3.12, and from 3.13 on
 
 CALL_SECONDS = 30.0
 """How long a single request to the broker may take."""
@@ -62,5 +62,5 @@ def _collect_seldom() -> None:
     10 µs of a plain one; so it takes 0.8 and less. A pipeline's file that chose a threshold keeps it.
     """
     gc.freeze()
-    if gc.get_threshold()[0] == _PYTHONS_CHOICE:
+    if gc.get_threshold()[0] in _PYTHONS_CHOICES:
         gc.set_threshold(_NEW_OBJECTS, 10, 10)

@@ -534,6 +534,16 @@ class FakeReader(Reader):
         self.woken.set()
 
 
+class DeafListener(AssignmentListener):
+    """Of a member whose partitions somebody else looks after."""
+
+    def assigned(self, partitions: frozenset[TopicPartition], consecutive: bool) -> None:
+        pass
+
+    async def revoked(self, partitions: frozenset[TopicPartition]) -> None:
+        pass
+
+
 class FakeMember(FakeReader, Member):
     """Shares its topics' partitions with the group's other members."""
 

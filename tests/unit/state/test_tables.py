@@ -193,6 +193,22 @@ def test_memory_is_bounded() -> None:
     assert bench.row().table("counts").get("k0") == 0
 
 
+def test_entries_that_grow_stay_within_the_memory() -> None:
+    """The same few keys, written again and again with more in them, are counted as what they have become."""
+    bench = Bench(recent_bytes=20_000)
+    for size in range(0, 3_000, 100):
+        for number in range(20):
+            bench.put("counts", f"k{number}", "x" * size)
+        bench.commit()
+    bench.store.close()
+    remembered = 0
+    for number in range(20):
+        with contextlib.suppress(StoreError):
+            assert bench.tables.get(b"counts/k%d" % number) is not None
+            remembered += 1
+    assert remembered * 2_900 <= 2 * 20_000
+
+
 def test_what_a_read_found_before_a_write_is_not_remembered() -> None:
     """A commit may be written while another row's read of the same entry is under way: the new value stays."""
 

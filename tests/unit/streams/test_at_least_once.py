@@ -14,8 +14,9 @@ from rowmill.handlers.executors import BlockingPool
 from rowmill.handlers.runtime import Runtime
 from rowmill.state.clock import SystemClock
 from rowmill.state.codec import dumps, loads
+from rowmill.state.memory import MemoryStore, MemoryStores
 from rowmill.state.model import TopicPartition
-from rowmill.streams.brokers.base import AssignmentListener
+from rowmill.state.store import StoreError
 from rowmill.streams.catalog import Catalog
 from rowmill.streams.delivery import Forwarder
 from rowmill.streams.in_flight import InFlight
@@ -24,7 +25,7 @@ from rowmill.streams.partition_state import PartitionState
 from rowmill.streams.partition_task import PartitionTask
 from rowmill.streams.processing import Effects, Processor
 from rowmill.streams.session import Session
-from support.fake_broker import FakeBroker, FakeMember, lost
+from support.fake_broker import DeafListener, FakeBroker, FakeMember, lost
 
 TP = TopicPartition("in", 0)
 CHANGELOG = "rowmill.p.in.changelog"
@@ -34,16 +35,6 @@ LATE = 3_600.0
 """A commit interval that no test waits for."""
 
 pytestmark = pytest.mark.timeout(20)
-
-
-class _Deaf(AssignmentListener):
-    """Takes what comes."""
-
-    def assigned(self, partitions: frozenset[TopicPartition], consecutive: bool) -> None:
-        pass
-
-    async def revoked(self, partitions: frozenset[TopicPartition]) -> None:
-        pass
 
 
 class Bench:
@@ -56,24 +47,29 @@ class Bench:
         self.broker.write(TP, *(dumps(row) for row in ROWS))
         self.member = FakeMember(self.broker, GROUP, ["in"])
         self.commits: list[Effects] = []
+        self.stores = MemoryStores()
 
     @asynccontextmanager
-    async def running(self, **settings: Any) -> AsyncIterator[PartitionTask]:
+    async def running(self, pipeline: Pipeline | None = None, **settings: Any) -> AsyncIterator[PartitionTask]:
         """A task that was opened and runs, at least once; dies at the end without a word."""
         options = WorkerOptions(guarantee="at_least_once", max_deaths=0, **{"commit_interval": LATE, **settings})
-        pipeline = Pipeline("p", source="in", sink="out")
-        pipeline.add(lambda row: row, name="keep")
+        if pipeline is None:
+            pipeline = Pipeline("p", source="in", sink="out")
+            pipeline.add(lambda row: row, name="keep")
         catalog = Catalog(self.broker, create=False, partitions=None, timeout=5)
         await catalog.require(["in", "out", "p.dlq"])
         session, pool, clock = Session("p"), BlockingPool(1), SystemClock()
+        state = PartitionState(self.broker, session, TP, pipeline.tables, self.stores, options, pool, clock, "me")
         task = PartitionTask(
             TP,
             make_flow=None,
             in_flight=InFlight(1_000, 1 << 26),
             alone=asyncio.Lock(),
             delivery=Forwarder(self.broker, session, TP, options, clock, lambda: self.member),
-            state=PartitionState(self.broker, session, TP, {}, None, options, pool, clock, "me"),
-            make_processor=lambda: Processor(pipeline, pipeline.chain(), session, TP, catalog, Runtime(pool)),
+            state=state,
+            make_processor=lambda: Processor(
+                pipeline, pipeline.chain(), session, TP, catalog, Runtime(pool), state.tables
+            ),
             options=options,
             clock=clock,
             on_commit=lambda _tp, effects, _seconds: self.commits.append(effects),
@@ -87,7 +83,7 @@ class Bench:
             yield task
         finally:
             run.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
+            with contextlib.suppress(asyncio.CancelledError, StoreError):
                 await run
             await task.close()
             pool.close()
@@ -123,7 +119,7 @@ async def _until(condition: Any) -> None:
 async def bench() -> Bench:
     """A fresh one, whose member has its partition."""
     bench = Bench()
-    await bench.member.join(_Deaf())
+    await bench.member.join(DeafListener())
     return bench
 
 
@@ -202,3 +198,26 @@ async def test_a_lost_answer_to_a_commit_costs_no_row(bench: Bench) -> None:
         await task.flush()
         assert bench.committed == 3
         assert len(bench.broker.values("out")) == 3
+
+
+async def test_nothing_goes_out_that_a_failed_read_led_to(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A handler may hide that its table could not be read: what it made of that is not sent, and the task ends."""
+
+    def broken(_store: MemoryStore, key: bytes) -> bytes | None:
+        if key.startswith(b"seen/"):
+            raise StoreError("the disk", damaged=False)
+        return None
+
+    monkeypatch.setattr(MemoryStore, "get", broken)
+    pipeline = Pipeline("p", source="in", sink="out").table("seen")
+
+    @pipeline.stage
+    def look(row: dict[str, Any], ctx: Any) -> dict[str, Any]:
+        with contextlib.suppress(BaseException):
+            ctx.table("seen").get("k")
+        return row
+
+    async with bench.running(pipeline) as task:
+        bench.offer(task, 0, 3)
+        await _until(lambda: not task.running)
+    assert bench.broker.values("out") == []

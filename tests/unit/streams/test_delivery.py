@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import pytest
 from rowmill.state.model import Committed, Outgoing, TopicPartition
-from rowmill.streams.brokers.base import AssignmentListener
 from rowmill.streams.delivery import Forwarder
 from rowmill.streams.errors import FencedError, StalledError, TopicError
 from rowmill.streams.options import WorkerOptions
 from rowmill.streams.session import Session
-from support.fake_broker import FakeBroker, FakeMember, lost
+from support.fake_broker import DeafListener, FakeBroker, FakeMember, lost
 from support.fake_clock import FakeClock
 
 TP = TopicPartition("in", 0)
@@ -17,16 +18,6 @@ OUT, OTHER = TopicPartition("out", 0), TopicPartition("other", 0)
 GROUP = "rowmill.p"
 
 pytestmark = pytest.mark.timeout(20)
-
-
-class _Deaf(AssignmentListener):
-    """Takes what comes."""
-
-    def assigned(self, partitions: frozenset[TopicPartition], consecutive: bool) -> None:
-        pass
-
-    async def revoked(self, partitions: frozenset[TopicPartition]) -> None:
-        pass
 
 
 class Bench:
@@ -51,7 +42,7 @@ async def bench() -> Bench:
     """A fresh one, opened, whose member has its partition."""
     bench = Bench()
     bench.member = FakeMember(bench.broker, GROUP, ["in"])
-    await bench.member.join(_Deaf())
+    await bench.member.join(DeafListener())
     await bench.forwarder.open()
     return bench
 
@@ -93,3 +84,24 @@ async def test_a_send_that_fails(bench: Bench) -> None:
     with pytest.raises(TopicError, match="too large"):
         await bench.forwarder.send({OUT: records, OTHER: records})
     assert bench.broker.calls.count("ack") == 2
+
+
+async def test_a_send_that_cannot_go_on(bench: Bench) -> None:
+    """What was handed over before is awaited all the same."""
+    bench.broker.inject("send", TopicError("no such topic"), skip=1)
+    records = [Outgoing(None, b"{}", 0, ())]
+    with pytest.raises(TopicError, match="no such topic"):
+        await bench.forwarder.send({OUT: records, OTHER: records})
+    assert bench.broker.calls.count("ack") == 1
+
+
+async def test_no_commit_amid_a_rebalance(bench: Bench) -> None:
+    """An attempt that failed is made again when the group is stable, and not before."""
+    released = asyncio.Event()
+    committing = asyncio.create_task(bench.forwarder.commit(Committed(7), released))
+    await asyncio.sleep(0)
+    assert "commit" not in bench.broker.calls
+    bench.broker.inject("commit", lost())
+    released.set()
+    await committing
+    assert bench.committed == 7
