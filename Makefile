@@ -44,9 +44,9 @@ demo: setup ## run the example on the embedded broker: progress, summary, correl
 	@echo "the commands are in $(BIN): \`. $(BIN)/activate\` puts them on the PATH"
 
 # Each worker has a Kafka of its own and takes whole files, in order: the long ones of chaos and integration first.
-JOBS ?= 2
+JOBS ?= 0
 
-test: setup ## every test, two at a time (JOBS=0: one by one); those on Apache Kafka where Java and Maven (or Docker) are
+test: setup ## every test (JOBS=2: two at a time); those on Apache Kafka where Java and Maven (or Docker) are
 	$(PYTEST) -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 unit: setup ## the quick tests only

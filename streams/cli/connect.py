@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-_PYTHONS_CHOICES, _NEW_OBJECTS = (700, 2_000), 50_000  # until 3.12, and from 3.13 on
+_NEW_OBJECTS = 50_000
 
 CALL_SECONDS = 30.0
 """How long a single request to the broker may take."""
@@ -47,20 +47,19 @@ async def connected(url: str | None, work: Callable[[Broker], Awaitable[T]]) -> 
 
     broker = open_broker(url)
     await broker.start()
-    _collect_seldom()
+    if gc.get_threshold()[0] == _NEW_OBJECTS:
+        gc.freeze()  # what was imported until now
     try:
         return await work(broker)
     finally:
         await broker.close()
 
 
-def _collect_seldom() -> None:
+def collect_seldom() -> None:
     """Look for cycles less often, and not in what was imported: right for a process of our own, not for a library.
 
     A row in work is half a dozen objects that wait for their commit and are part of no cycle. With Python's default,
     at every 700 new objects, the collector walked through them for 7.4 of the 29 µs of an async row and for 3 of the
-    10 µs of a plain one; so it takes 0.8 and less. A pipeline's file that chose a threshold keeps it.
+    10 µs of a plain one; so it takes 0.8 and less. A pipeline's file that chooses a threshold has it.
     """
-    gc.freeze()
-    if gc.get_threshold()[0] in _PYTHONS_CHOICES:
-        gc.set_threshold(_NEW_OBJECTS, 10, 10)
+    gc.set_threshold(_NEW_OBJECTS, 10, 10)

@@ -25,6 +25,7 @@ from . import (
     cmd_topics,
     cmd_worker,
 )
+from .connect import collect_seldom
 from .logs import in_json, set_up_logging
 from .output import reader_has_left, say
 from .parser import USAGE, Commands, Parser, add_verbosity, did_you_mean
@@ -61,6 +62,7 @@ example:
 
 def entry() -> int:
     """The console script."""
+    collect_seldom()
     code = main()
     leave_threads_behind(code)
     return code
