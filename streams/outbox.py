@@ -78,6 +78,4 @@ class Outbox(Sequence[Outgoing]):
     @overload
     def __getitem__(self, place: slice) -> list[Outgoing]: ...
     def __getitem__(self, place: SupportsIndex | slice) -> Outgoing | list[Outgoing]:
-        if isinstance(place, slice):
-            return list(self)[place]
         return list(self)[place]

@@ -165,13 +165,6 @@ class Batch:
         self.records = self.records[:first]
         del self.rows[first:]
 
-    def cut_out(self, span: slice) -> Batch:
-        """A stretch of its rows."""
-        batch = Batch(self.records[span])
-        batch.rows = self.rows[span]
-        batch.contexts = self.contexts[span] if self.contexts else None
-        return batch
-
     def part(self, places: Sequence[int]) -> Batch:
         """Some of its rows."""
         batch = Batch([self.records[i] for i in places])
@@ -515,7 +508,9 @@ class Processor:
         spans = _spans(batch, self._clock.now_ms()) if self._is_plain else ((False, whole),)
         try:
             for is_plain, span in spans:
-                if is_plain and self._encode_plain(effects, batch if span == whole else batch.cut_out(span)):
+                if is_plain and self._encode_plain(
+                    effects, batch if span == whole else batch.part(range(span.start, span.stop))
+                ):
                     continue
                 for place in range(span.start, span.stop):
                     self._encode_row(effects, records[place], rows[place], contexts[place] if contexts else None)

@@ -60,14 +60,16 @@ class Moods:
     def __init__(self) -> None:
         self.calls = 0
         self.down_at = float("inf")
+        self.slow_downs = [1_000, 2_500, 4_000]
 
     def __call__(self, row: int, number: int) -> str:
         self.calls += 1
         if row % 200 == 7:
             return "400"  # never cured: one call
-        if self.calls in {1_000, 2_500, 4_000}:
+        if self.slow_downs and self.calls >= self.slow_downs[0]:  # that very call may be of a row never cured
+            self.slow_downs.pop(0)
             return "429"
-        if self.calls == 3_000:
+        if self.calls >= 3_000 and self.down_at == float("inf"):
             self.down_at = time.monotonic()
         if row % 1_000 == 8 or 0 <= time.monotonic() - self.down_at < 1.2:
             return "500"
@@ -189,7 +191,7 @@ async def test_five_thousand_rows_through_a_flaky_service(broker_url: str, name:
     assert (stats.results, stats.defaulted) == (fates["result"] + fates["defaulted"], fates["defaulted"])
     calls, per_row = server.calls, server.per_row()
     check_pace(calls, RATE, BURST)
-    assert check_retry_after(calls, 1.0) in {2, 3}  # on a slow machine a call may time out before it is told
+    assert check_retry_after(calls, 1.0) == 3
     assert check_breaker(calls, changes, 0.5, 2) >= 2
     assert check_hangs(calls, TIMEOUT) > 50
     assert counts.timeouts >= sum(call.answer == "hang" for call in calls)

@@ -176,6 +176,16 @@ def test_what_was_used_last_is_remembered() -> None:
     assert seen() == [1, 2, None]
 
 
+def known_without_its_store(bench: Bench, count: int) -> int:
+    """Of so many entries, how many are found though the store is closed."""
+    remembered = 0
+    for number in range(count):
+        with contextlib.suppress(StoreError):
+            assert bench.tables.get(b"counts/k%d" % number) is not None
+            remembered += 1
+    return remembered
+
+
 def test_memory_is_bounded() -> None:
     """However many entries are used, those in memory stay within the bytes given; what is used all the time stays."""
     bench = Bench(recent_bytes=20_000)
@@ -184,11 +194,7 @@ def test_memory_is_bounded() -> None:
         bench.commit()
         assert bench.row().table("counts").get("k0") == 0
     bench.store.close()
-    remembered = 0
-    for number in range(1_000):
-        with contextlib.suppress(StoreError):
-            assert bench.tables.get(b"counts/k%d" % number) is not None
-            remembered += 1
+    remembered = known_without_its_store(bench, 1_000)
     assert 50 < remembered < 20_000 / 130
     assert bench.row().table("counts").get("k0") == 0
 
@@ -201,11 +207,7 @@ def test_entries_that_grow_stay_within_the_memory() -> None:
             bench.put("counts", f"k{number}", "x" * size)
         bench.commit()
     bench.store.close()
-    remembered = 0
-    for number in range(20):
-        with contextlib.suppress(StoreError):
-            assert bench.tables.get(b"counts/k%d" % number) is not None
-            remembered += 1
+    remembered = known_without_its_store(bench, 20)
     assert remembered * 2_900 <= 2 * 20_000
 
 
