@@ -263,16 +263,21 @@ class PartitionTables(Layer):
     # --- what the store says of itself -------------------------------------------------------------------------
 
     @property
-    def about(self) -> dict[str, int | dict[str, int]]:
+    def about(self) -> dict[str, int | str | dict[str, int]]:
         """What :meth:`describe` noted, {} for a new store."""
         raw = self._store.get(_ABOUT)
         return {} if raw is None else dict(loads(raw))
 
-    def describe(self, now_ms: int) -> None:
-        """Note when this store was in use last, and the lifetimes that its index was made with."""
+    def describe(self, now_ms: int, restoring: str = "") -> None:
+        """Note when this store was in use last, and the lifetimes that its index was made with.
+
+        Args:
+            now_ms: the present.
+            restoring: the changelog's generation, while a restore is under way that may be cut off.
+        """
         about = {"used_ms": now_ms, "ttl_ms": {spec.name: spec.ttl_ms for spec in self._mortal.values()}}
         with self._writing:
-            self._store.write([(_ABOUT, dumps(about))])
+            self._store.write([(_ABOUT, dumps({**about, "restoring": restoring} if restoring else about))])
         self._described_ms = now_ms
 
     def close(self) -> None:
