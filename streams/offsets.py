@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+from bisect import bisect_left
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -116,6 +117,13 @@ class OffsetTracker:
     def has_room(self, offset: int) -> bool:
         """Whether this offset may be taken: whether the map will fit whatever completes next."""
         return len(self._incomplete) < IN_FLIGHT_LIMIT or offset - self.low_watermark < SPAN_LIMIT
+
+    def fitting(self, offsets: Sequence[int]) -> int:
+        """How many of the next offsets, ascending, may be taken together; the first one may."""
+        few = max(1, IN_FLIGHT_LIMIT - len(self._incomplete))
+        if len(offsets) <= few or offsets[-1] - self.low_watermark < SPAN_LIMIT:
+            return len(offsets)
+        return max(few, bisect_left(offsets, self.low_watermark + SPAN_LIMIT))
 
     def take(self, offsets: Sequence[int]) -> list[int]:
         """Take offsets as the reader gives them, ascending; returns the places of those that have to run.

@@ -321,6 +321,32 @@ async def test_back_pressure(bench: Bench) -> None:
     bench.exact()
 
 
+async def test_rows_are_begun_only_while_the_map_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where many rows come together, with far gaps between them, as in a compacted topic."""
+    few, span = 10, 100
+    monkeypatch.setattr("rowmill.streams.offsets.IN_FLIGHT_LIMIT", few)
+    monkeypatch.setattr("rowmill.streams.offsets.SPAN_LIMIT", span)
+    bench = Bench(rows=0)
+    tp = bench.tps[0]
+    for n in range(80):
+        if n >= 50:
+            bench.broker.skip_offsets(tp, span)
+        bench.broker.write(tp, dumps({"n": n}))
+    gate = asyncio.Event()
+
+    async def slow(row: dict[str, Any]) -> Any:
+        await gate.wait()
+        return row
+
+    async with bench.running(pipeline_of(slow, ordering="none"), fetch_rows=100) as worker:
+        await until(lambda: worker._in_flight.rows >= 50)
+        await asyncio.sleep(0.05)
+        assert worker._in_flight.rows == 50, "those within the span, and not one beyond it"
+        gate.set()
+        await until(lambda: worker.has_committed({tp: bench.broker.log(tp).high_watermark}))
+    assert sorted(bench.found()) == list(range(80))
+
+
 async def test_one_slow_partition(bench: Bench) -> None:
     """A partition whose row hangs does not hold up the others."""
     gate = asyncio.Event()
