@@ -236,7 +236,7 @@ class PartitionTask:
             BrokerError: the broker does not answer.
         """
         checkpoint = await self._delivery.open()
-        start = decode_map(checkpoint or Committed(0))
+        start = decode_map(checkpoint or Committed(0), self.tp)
         await self._state.open(checkpoint)
         if checkpoint is None:
             start = await self._settle_beginning(first_offset)

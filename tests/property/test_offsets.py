@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from rowmill.state.model import Committed
+from rowmill.state.model import Committed, TopicPartition
 from rowmill.streams.errors import CheckpointError
 from rowmill.streams.offsets import (
     IN_FLIGHT_LIMIT,
@@ -149,5 +149,6 @@ def test_unreadable_maps_are_errors(metadata: str, says: str | None) -> None:
         assert decode_map(Committed(7, metadata)) == OffsetMap(7, 7, ())
         return
     with pytest.raises(CheckpointError, match=says) as caught:
-        decode_map(Committed(7, metadata))
-    assert "--reset-offsets" in str(caught.value)
+        decode_map(Committed(7, metadata), TopicPartition("in", 3))
+    assert "in/3: " in str(caught.value)
+    assert "rowmill replay PIPELINE --to-current --execute" in str(caught.value)
