@@ -16,6 +16,7 @@ from rowmill.state.codec import dumps, loads
 from rowmill.state.model import Committed, TopicPartition
 from rowmill.streams.errors import FencedError, OffsetOutOfRangeError, StalledError, TopicError
 from rowmill.streams.options import WorkerOptions
+from rowmill.streams.partition_state import PartitionState
 from rowmill.streams.session import Session
 from rowmill.streams.worker import WorkerStats
 from support.fake_broker import FakeBroker, Step, lost
@@ -390,6 +391,22 @@ async def test_two_workers_share(bench: Bench) -> None:
     bench.exact()
     assert sum(s.rows for s in stats) == 150
     assert all(s.rows for s in stats)
+
+
+async def test_partitions_are_opened_side_by_side(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each waits for its own restore, none for another's: all of them are being opened before the first one is."""
+    bench = Bench(rows=0, partitions=24)
+    opening: set[TopicPartition] = set()
+    really = PartitionState.open
+
+    async def open_with_all_others(state: PartitionState, committed: Committed | None) -> None:
+        opening.add(state._tp)
+        await until(lambda: len(opening) == 24)
+        await really(state, committed)
+
+    monkeypatch.setattr(PartitionState, "open", open_with_all_others)
+    async with bench.running() as worker:
+        await until(lambda: len(worker._tasks) == 24)
 
 
 async def test_the_other_worker_leaves(bench: Bench) -> None:
