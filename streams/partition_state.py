@@ -268,8 +268,9 @@ class PartitionState:
                 f"group {self._session.group} has no committed offset for {self._tp}, but its changelog "
                 f"{self.changelog.topic} knows a checkpoint at {record.offset:,}: the offsets expired (Kafka drops "
                 "those of a group that was away for a week), or they or the source were deleted. Starting over "
-                f"silently would run every row again. With the workers stopped, set it: {self._how_to_set(record)}; or "
-                "delete the changelog topic to begin anew"
+                "silently would run every row again. To go on there: "
+                f"{self._session.way_to_move(self._tp, f'--to-offset {record.offset}')}; or delete the changelog topic "
+                "to begin anew"
             )
         if committed is not None and record is None:
             log.debug("%s: committed at %d, and its changelog is empty", self._tp, committed.offset)
@@ -281,16 +282,6 @@ class PartitionState:
                 "%s: the group's offset was moved from outside, from %d to %d; tables stay as they are",
                 self._tp, record.offset, committed.offset,
             )  # fmt: skip
-
-    def _how_to_set(self, record: CheckpointRecord) -> str:
-        """What sets a lost offset to where the changelog stands."""
-        session, tp = self._session, self._tp
-        if session.is_live:
-            return (
-                f"`rowmill replay {session.pipeline} --source {tp.topic} --topic {tp.topic}:{tp.partition} "
-                f"--to-offset {record.offset} --execute`"
-            )
-        return f"Kafka's consumer-groups tool does (--reset-offsets --to-offset {record.offset})"
 
     async def _check_source(self, reader: ChangelogReader, offset: int, timestamp: int) -> None:
         """A topic that was deleted and made anew begins again at 0, and has other rows where it had some.

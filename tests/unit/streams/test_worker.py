@@ -226,8 +226,9 @@ async def test_an_offset_that_is_gone(bench: Bench) -> None:
     """A checkpoint below what retention left is an error that names the place, never a silent jump."""
     bench.broker.group_offsets[GROUP] = {bench.tps[1]: Committed(3)}
     bench.broker.truncate(bench.tps[1], 10)
-    with pytest.raises(OffsetOutOfRangeError, match="in/1: offset 3"):
+    with pytest.raises(OffsetOutOfRangeError, match="in/1: offset 3") as told:
         await bench.finish()
+    assert "`rowmill replay p --source in --topic in:1 --to-earliest --execute`" in str(told.value)
 
 
 # --- stopping --------------------------------------------------------------------------------------------------
