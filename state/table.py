@@ -241,12 +241,14 @@ def stamp(spec: TableSpec, value: Any, time_ms: int) -> Stamped:
     """A value as a store keeps it.
 
     Raises:
-        ConfigError: None, or longer than 900,000 bytes.
+        ConfigError: None, NaN or infinite, or longer than 900,000 bytes.
         BadRowError: no JSON.
     """
     if value is None:
         raise ConfigError(f"table {spec.name!r}: value", value, "delete() the entry instead")
     encoded = encode(value)
+    if encoded == b"null":  # it would be read as None, which is no value
+        raise ConfigError(f"table {spec.name!r}: value", value, "JSON has no NaN and no infinity")
     if len(encoded) > MAX_VALUE_BYTES:
         raise ConfigError(
             f"table {spec.name!r}: value", f"{len(encoded):,} bytes of JSON", f"keep it within {MAX_VALUE_BYTES:,}"

@@ -124,7 +124,9 @@ def test_an_update_follows_the_rows_own_puts(bench: Bench) -> None:
     assert "k" not in bench.row().table("counts")
 
 
-@pytest.mark.parametrize("function", [lambda _: 1 / 0, lambda _: object(), lambda _: "x" * 1_000_000])
+@pytest.mark.parametrize(
+    "function", [lambda _: 1 / 0, lambda _: object(), lambda _: "x" * 1_000_000, lambda _: float("inf")]
+)
 def test_an_update_that_fails(bench: Bench, function: Any) -> None:
     """An update that raises, or gives what is no value, fails its row: nothing else of the row counts either."""
     row = bench.row()
@@ -354,6 +356,7 @@ def test_a_bounded_number_is_swept_at_once(bench: Bench) -> None:
     ("call", "says"),
     [
         (lambda table: table.put("k", None), "delete"),
+        (lambda table: table.put("k", float("nan")), "JSON has no NaN"),
         (lambda table: table.put("", 1), "bytes of text"),
         (lambda table: table.put("k" * 2_000, 1), "bytes of text"),
         (lambda table: table.put(1, 1), "text"),
