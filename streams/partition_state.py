@@ -36,9 +36,9 @@ CHANGELOG_CONFIG = {
 """What changelog topics are made with. A record's timestamp is its entry's: time to live counts from it."""
 
 
-_LONG_RESTORE = 20_000
-"""Offsets in a changelog from which on it is looked up beforehand whose it is, so that a restore that is cut off can go
-on: that look costs some milliseconds, which a shorter one is not worth."""
+_LONG_RESTORE_SECONDS = 5.0
+"""After which a restore notes what it is of, so that it can go on if it is cut off. To find that out takes a look at
+the changelog's end, which a shorter one is not worth."""
 
 _COUNTS = ("rows", "results", "dropped", "skipped", "defaulted", "dead_letters", "emitted")
 
@@ -148,9 +148,8 @@ class PartitionState:
             return await reader.last_checkpoint()
         position = await self._open_store()
         record = None
-        if position is not None or reader.end - reader.start > _LONG_RESTORE:
-            record = await reader.last_checkpoint()
         if position is not None:
+            record = await reader.last_checkpoint()
             why = self._misfit(reader, position, record, committed)
             if why is not None:
                 log.warning("%s: restoring all of the local tables: %s", self._tp, why)
@@ -213,8 +212,14 @@ class PartitionState:
         tables = self._tables
         assert tables is not None  # noqa: S101 - just opened
 
+        began = self._clock.monotonic()
+
         async def load(records: Sequence[Record], behind: int) -> None:
+            nonlocal generation
             await self._pool.run(tables.load, records, behind)
+            if not generation and self._clock.monotonic() - began > _LONG_RESTORE_SECONDS:
+                generation = await self._present_generation()
+                await self._pool.run(tables.describe, self._clock.now_ms(), generation)
 
         # First: a store without a date is not believed.
         await self._pool.run(tables.describe, self._clock.now_ms(), generation)
@@ -223,6 +228,13 @@ class PartitionState:
             await reader.restore(begin, load)
         elif position is None:
             await load((), begin)
+
+    async def _present_generation(self) -> str:
+        """Of the changelog as it is now."""
+        record = await last_checkpoint(
+            self._broker, self.changelog, self._tp, self._options.broker_timeout, self._clock
+        )
+        return "unknown" if record is None else record.generation
 
     async def _open_store(self) -> int | None:
         """Open the partition's store; its position, None for one without content that counts."""

@@ -195,11 +195,12 @@ class CutOff(MemoryStores):
 
 
 @pytest.mark.parametrize("anew", [False, True])
-async def test_a_restore_goes_on(bench: Bench, anew: bool) -> None:
-    """What a restore brought before it was cut off is not brought again, unless the changelog is another by then.
+async def test_a_restore_goes_on(bench: Bench, anew: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a long restore brought before it was cut off is not brought again, unless the changelog is another by then.
 
     The changelog is compacted: there is one checkpoint in it, at its end.
     """
+    monkeypatch.setattr("rowmill.streams.partition_state._LONG_RESTORE_SECONDS", -1.0)
     count = 25_000
     await bench.life(keep, {"n": 0, "k": "a"})
     log, record = bench.broker.log(CHANGELOG), bench.record()
