@@ -219,6 +219,25 @@ async def test_a_restore_goes_on(bench: Bench, anew: bool, monkeypatch: pytest.M
     assert (stores.entries > count + 10_000) is anew
 
 
+async def test_a_restore_that_takes_long_is_shown(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Without -v, since rows wait for it: how far it is, and when it is done."""
+    await bench.life(keep, {"n": 0, "k": "a"})
+    record, log = bench.record(), bench.broker.log(CHANGELOG)
+    log.records = []
+    log.append(CHANGELOG, [Outgoing(f"t/{n:05}".encode(), b"1", 0) for n in range(24_999)])
+    log.append(CHANGELOG, [Outgoing(CHECKPOINT_KEY, record.encode(), 0)])
+    monkeypatch.setattr("rowmill.streams.restore._TELL_SECONDS", -1.0)
+    await bench.life(keep, {"n": 1, "k": "b"}, stores=MemoryStores())
+    told = [message for message in caplog.messages if "restored" in message]
+    assert [f"restored: {part}" in line for part, line in zip(("40 %", "80 %", "100 %"), told, strict=False)] == [
+        True
+    ] * 3
+    assert "tables restored: 25000 records" in told[-1]
+    assert all(r.levelname == "WARNING" for r in caplog.records if "restored" in r.message)
+
+
 async def test_a_changelog_that_was_deleted(bench: Bench) -> None:
     """With tables on this disk and a committed offset, an empty changelog is an error, not empty tables."""
     await bench.life(keep, {"n": 0, "k": "a"})
