@@ -849,7 +849,8 @@ class Worker(AssignmentListener):
         try:
             got = await member.fetch(wanted, self.options.fetch_rows, _FETCH_SECONDS)
         except OffsetOutOfRangeError as error:
-            self._fail(error)
+            way = self.session.way_to_move(error.tp, "--to-earliest")
+            self._fail(OffsetOutOfRangeError(error.tp, error.offset, f"{error.remedy}: {way}"))
             return
         except BrokerError as error:
             log.warning("%s", error)
