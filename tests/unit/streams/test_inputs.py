@@ -222,9 +222,12 @@ def test_what_is_no_input(rows: Any) -> None:
 def test_unknown_key_columns(tmp_path: Path) -> None:
     """A key column that the input does not have is refused, naming those that it has."""
     for path in files(tmp_path):
-        if "json" not in path.name:
-            with pytest.raises(ConfigError, match="no such column; it has id, name, half"):
-                FileInput(path, "ID")
+        is_json = "json" in path.name
+        says = "no row has such a field; the first one has id, name" if is_json else "no such column; it has id, name"
+        with pytest.raises(ConfigError, match=says):
+            FileInput(path, "ID")
+    with pytest.raises(ConfigError, match="no row has such a field; the first one has id, name"):
+        make_input(ROWS, "ID")
     with pytest.raises(ConfigError, match="no such column"):
         make_input(pd.DataFrame(ROWS), "ID")
 
