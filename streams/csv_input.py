@@ -11,6 +11,7 @@ import csv
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +20,11 @@ from .errors import InputError
 from .input_files import open_bytes
 
 csv.field_size_limit(16 * 1024 * 1024)
+
+_NEVER_CLOSED = ("unexpected end", "field larger")
+"""How the errors begin in which a cell of several lines ends without its quote: at the file's end or the limit."""
+_RESCUES = 100
+"""How often the lines behind such a quote are read again in one file: a file made for it costs no more than that."""
 
 _INTEGER = re.compile(r"-?(0|[1-9][0-9]{0,17})")
 _NUMBER = re.compile(r"-?(0|[1-9][0-9]*)(\.[0-9]+)?([eE][+-]?[0-9]+)?")
@@ -94,18 +100,20 @@ def _header(path: Path, delimiter: str) -> list[str]:
 
 
 def _records(path: Path, delimiter: str, width: int) -> Iterator[tuple[list[str], bytes, str | None]]:
-    """Fields, the bytes they came from, and what is wrong with them, of every record after the header."""
+    """Fields, the bytes they came from, and what is wrong with them, of every record after the header.
+
+    A quote that is never closed costs its own line only: what it swallowed is read again.
+    """
     consumed: list[bytes] = []
 
-    def lines() -> Iterator[str]:
-        for line in file:
-            consumed.append(line)
-            yield line.decode("utf-8", "surrogateescape")
+    def reader_of(source: Iterator[bytes]) -> Iterator[list[str]]:
+        return csv.reader(_texts(source, consumed), delimiter=delimiter, strict=True)
 
     with open_bytes(path) as file:
         file.readline()
-        reader = csv.reader(lines(), delimiter=delimiter, strict=True)
-        number = 1
+        source = iter(file)
+        reader = reader_of(source)
+        number, rescues = 1, _RESCUES
         while True:
             first = number + 1
             try:
@@ -113,7 +121,14 @@ def _records(path: Path, delimiter: str, width: int) -> Iterator[tuple[list[str]
             except StopIteration:
                 return
             except csv.Error as error:
-                yield [], b"".join(consumed).rstrip(b"\r\n"), f"line {first}: {error}"
+                says = f"line {first}: {error}"
+                if len(consumed) > 1 and rescues and str(error).startswith(_NEVER_CLOSED):
+                    rescues -= 1
+                    says = f"line {first}: a quote is opened and never closed ({error})"
+                    source = chain(consumed[1:], source)
+                    del consumed[1:]
+                    reader = reader_of(source)
+                yield [], b"".join(consumed).rstrip(b"\r\n"), says
                 number += len(consumed)
                 consumed.clear()
                 continue
@@ -122,6 +137,13 @@ def _records(path: Path, delimiter: str, width: int) -> Iterator[tuple[list[str]
             consumed.clear()
             if fields:
                 yield fields, raw, _fault(fields, raw, width, first)
+
+
+def _texts(source: Iterator[bytes], consumed: list[bytes]) -> Iterator[str]:
+    """Lines as text; what was taken is noted."""
+    for line in source:
+        consumed.append(line)
+        yield line.decode("utf-8", "surrogateescape")
 
 
 def _fault(fields: list[str], raw: bytes, width: int, line: int) -> str | None:

@@ -52,16 +52,32 @@ def parquet_columns(path: Path) -> tuple[list[str], int]:
 
 
 def read_parquet(path: Path) -> Iterator[dict[str, Any]]:
-    """The rows, a batch at a time."""
-    for batch in _parquet_file(path).iter_batches(batch_size=2_000):
-        yield from batch.to_pylist()
+    """The rows, a batch at a time.
+
+    Raises:
+        InputError: the file turns out to be damaged, at the batch where it is.
+    """
+    batches = _parquet_file(path).iter_batches(batch_size=2_000)
+    while True:
+        with _parquet_errors(path):
+            rows = next((batch.to_pylist() for batch in batches), None)
+        if rows is None:
+            return
+        yield from rows
 
 
 def _parquet_file(path: Path) -> Any:
-    import pyarrow as pa
     import pyarrow.parquet as pq
 
-    try:
+    with _parquet_errors(path):
         return pq.ParquetFile(path)
-    except (OSError, pa.ArrowInvalid) as error:
+
+
+@contextmanager
+def _parquet_errors(path: Path) -> Iterator[None]:
+    import pyarrow as pa
+
+    try:
+        yield
+    except (OSError, ValueError, pa.ArrowException) as error:  # a time that Python has none for is a ValueError
         raise InputError(f"cannot read {path} as Parquet: {error}") from error

@@ -7,7 +7,7 @@ row on, and has a fingerprint by which a session recognises it.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Collection, Iterable, Iterator, Sized
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
@@ -144,6 +144,8 @@ class IterableInput:
         self.is_file = False
         self._key = key
         self.total: int | None = len(rows) if isinstance(rows, Sized) else None
+        if key is not None and isinstance(rows, Collection):  # an iterator could be read only once
+            _check_rows(key, rows)
         self.fingerprint = _digest("iterable", key or "")
 
     def rows(self, first: int) -> Iterator[InputRow]:
@@ -180,6 +182,13 @@ class FileInput:
         elif self._suffix == ".parquet":
             columns, self.total = parquet_columns(path)
             _check_column(key, columns)
+        elif key is not None:
+            self._check_field(key)
+
+    def _check_field(self, key: str) -> None:
+        """Rows may lack the field. Where none has it, it is mistyped; the first one settles it as a rule."""
+        with open_bytes(self._path) as lines:
+            _check_rows(key, map(_row_of, lines))
 
     def rows(self, first: int) -> Iterator[InputRow]:
         """The rows from ``first`` on."""
@@ -214,13 +223,16 @@ def json_line_rows(lines: Iterable[bytes], key: str | None) -> Iterator[InputRow
 
 
 def _key_of(value: bytes, key: str | None) -> bytes | None:
-    if key is None:
-        return None
+    row = _row_of(value) if key is not None else None
+    return None if key is None or row is None else _key_text(row.get(key))
+
+
+def _row_of(value: bytes) -> dict[str, Any] | None:
     try:
         row = loads(value)
     except ValueError:
         return None
-    return _key_text(row.get(key)) if isinstance(row, dict) else None
+    return row if isinstance(row, dict) else None
 
 
 def _input_row(row: Any, key: str | None) -> InputRow:
@@ -243,6 +255,18 @@ def _check_column(key: str | None, columns: Iterable[str]) -> None:
     known = list(columns)
     if key is not None and key not in known:
         raise ConfigError("key", key, f"the input has no such column; it has {', '.join(known)}")
+
+
+def _check_rows(key: str, rows: Iterable[Any]) -> None:
+    """Refuse a key that no row has as a field; without any row there is nothing to say."""
+    known: Iterable[str] | None = None
+    for row in rows:
+        if isinstance(row, dict):
+            if key in row:
+                return
+            known = row if known is None else known
+    if known is not None:
+        raise ConfigError("key", key, f"no row has such a field; the first one has {', '.join(map(str, known))}")
 
 
 def _digest(*parts: str) -> str:

@@ -99,6 +99,14 @@ class Pipeline:
         self.sink = check_topic("Pipeline(sink=)", f"{name}.results" if sink is None else sink)
         if self.sink in self.sources:
             raise ConfigError("Pipeline(sink=)", sink, "it is a source as well: results would come in again for ever")
+        if f"{name}.dlq" in self.sources:
+            raise ConfigError(
+                "Pipeline(source=)",
+                source,
+                "its own dead letters would come in again for ever; give the pipeline another name",
+            )
+        if self.sink == f"{name}.dlq":
+            raise ConfigError("Pipeline(sink=)", sink, "this is where its dead letters go; choose another topic")
         self.start = _start(start)
         self.tombstones = _one_of("tombstones", tombstones, ("dead_letter", "forward"))
         self.keys = _one_of("keys", keys, ("text", "bytes"))

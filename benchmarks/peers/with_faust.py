@@ -11,7 +11,7 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-import faust  # type: ignore[import-not-found]
+import faust
 
 from benchmarks.child import compute, settings
 
@@ -35,7 +35,7 @@ source = app.topic(said.source, key_type=bytes, key_serializer="raw", value_seri
 sink = app.topic(said.sink, key_type=bytes, key_serializer="raw", value_serializer="json")
 
 
-@app.agent(source)  # type: ignore[untyped-decorator]
+@app.agent(source)
 async def work(rows: Any) -> None:
     async for key, row in rows.items():
         await sink.send(key=key, value=compute(row))

@@ -79,8 +79,8 @@ log = logging.getLogger(__name__)
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
 
-START_SECONDS = 9.0
-"""How long the first connection may take; "unreachable" is said within 10 s."""
+START_SECONDS = 7.0
+"""How long the first connection may take; "unreachable" is said within 10 s, of which a command's start takes some."""
 CALL_SECONDS = 30.0
 """How long one administrative call may take, its own retries included."""
 CLOSE_SECONDS = 5.0

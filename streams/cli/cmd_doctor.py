@@ -13,7 +13,7 @@ from ... import __version__
 from ...state.errors import RowmillError
 from .connect import CALL_SECONDS, shown_broker
 from .output import duration, plain, plural, size
-from .parser import Commands, add_broker, add_command
+from .parser import Commands, add_broker, add_command, add_state_dir
 
 if TYPE_CHECKING:
     from ..brokers.base import Broker
@@ -41,12 +41,13 @@ def add_parser(commands: Commands) -> None:
         main,
         summary="check what works here, and say what to do about the rest",
         about=(
-            "Check Python, rowmill and its libraries, the broker, and the disk of an embedded one. Nothing is changed, "
-            "unless --write is given. Exit code 1 when a check fails."
+            "Check Python, rowmill and its libraries, the broker, the disk of an embedded one, and the folder for "
+            "tables. Nothing is changed, unless --write is given. Exit code 1 when a check fails."
         ),
         example="rowmill doctor --broker kafka://localhost:9092 --write",
     )
     add_broker(parser)
+    add_state_dir(parser)
     parser.add_argument(
         "--write", action="store_true", help="also make a temporary topic, write to it, read it, and delete it"
     )
@@ -104,9 +105,10 @@ async def _broker_checks(args: argparse.Namespace) -> AsyncIterator[Check]:
 
     broker = open_broker(args.broker)
     url = shown_broker(args)
+    yield _state(args, broker)
     if url.startswith("local://"):
         folder = _folder(url)
-        yield _disk(folder)
+        yield _disk("disk", folder, "--broker local://DIR")
         if not folder.exists() and not args.write:
             yield Check("broker", True, f"{url} (not made yet: the first command that writes makes it)")
             return
@@ -191,7 +193,15 @@ def _folder(url: str) -> Path:
     return Path(url.removeprefix("local://")).expanduser().absolute()
 
 
-def _disk(folder: Path) -> Check:
+def _state(args: argparse.Namespace, broker: Broker) -> Check:
+    """The folder that a worker here would keep its tables and cached answers in."""
+    from ..options import WorkerOptions, state_folder
+
+    folder = state_folder(WorkerOptions(state_dir=args.state_dir), broker).expanduser().absolute()
+    return _disk("state", folder, "--state-dir DIR")
+
+
+def _disk(name: str, folder: Path, option: str) -> Check:
     import os
     import shutil
 
@@ -199,7 +209,7 @@ def _disk(folder: Path) -> Check:
     free = shutil.disk_usage(there).free
     found = f"{folder}: {size(free)} free"
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-        return Check("disk", False, f"{there}: no folder that you may write to", "choose another: --broker local://DIR")
+        return Check(name, False, f"{there}: no folder that you may write to", f"choose another: {option}")
     if free < _LEAST_FREE:
-        return Check("disk", False, found, f"free {size(_LEAST_FREE)} or choose another disk: --broker local://DIR")
-    return Check("disk", True, found)
+        return Check(name, False, found, f"free {size(_LEAST_FREE)} or choose another disk: {option}")
+    return Check(name, True, found)

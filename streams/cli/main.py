@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import traceback
 from collections.abc import Sequence
+from pathlib import Path
 
 from ... import __version__
 from ...state.errors import ConfigError, RowmillError
@@ -78,6 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code: 0 done, 1 the job failed, 2 wrong usage, 130 or 143 after a signal.
     """
     words = list(sys.argv[1:] if argv is None else argv)
+    _open_what_is_closed()
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a terminal that cannot show … or ✓ must not end a job
@@ -92,6 +95,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 - each kind gets its line and exit code
         return _explain(error)
     return int(code)
+
+
+def _open_what_is_closed() -> None:
+    """Started with standard output or error closed (``>&-``), as daemons are: what is said there goes nowhere."""
+    if sys.stdout is None:
+        sys.stdout = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115 - for the life of the process
+    if sys.stderr is None:
+        sys.stderr = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115 - for the life of the process
 
 
 def _explain(error: BaseException) -> int:

@@ -279,6 +279,17 @@ def test_a_reader_that_leaves_early_is_no_error(tmp_path: Path) -> None:
         assert process.stderr.read() == ""
 
 
+def test_closed_standard_output_and_error(tmp_path: Path, name: str) -> None:
+    """Where a daemon has closed both, commands do their work all the same: what they would say goes nowhere."""
+    write_job(tmp_path, name, 3)
+    closed = ["sh", "-c", '"$0" "$@" >&- 2>&-', ROWMILL]
+    words = (["run", "job.py", "--input", "in.csv", "--output", "out.jsonl", "--session", "s"], ["topics"])
+    for command in (*words, ["consume", f"{name}.out.s"]):
+        done = subprocess.run([*closed, *command], cwd=tmp_path, env=environment(), timeout=DEADLINE, check=False)
+        assert done.returncode == 0, command
+    assert results(tmp_path / "out.jsonl") == squares(3)
+
+
 def test_following_shows_rows_as_they_come_and_ends_on_ctrl_c(tmp_path: Path) -> None:
     """--follow shows a new row at once, waits for more, and Ctrl-C ends it with 130 and without a traceback."""
     broker = f"local://{tmp_path}/.rowmill"

@@ -324,7 +324,7 @@ def test_doctor_writes_and_cleans_up(run: Run) -> None:
     checks = {check["name"]: check for check in json.loads(ran.out)["checks"]}
     assert ran.code == 0
     assert checks["write"]["ok"]
-    assert {"python", "rowmill", "aiokafka", "pandas", "disk", "broker", "topics"} <= set(checks)
+    assert {"python", "rowmill", "aiokafka", "pandas", "state", "disk", "broker", "topics"} <= set(checks)
     assert run("topics", "--json").out == ""
 
 
@@ -335,6 +335,18 @@ def test_doctor_names_a_remedy(run: Run) -> None:
     assert "✗ broker    kafka://127.0.0.1:1" in ran.out
     assert "-> start Kafka there" in ran.out
     assert ran.err == ""
+
+
+@pytest.mark.parametrize("broker", ["local://.rowmill", "kafka://127.0.0.1:1"])
+def test_doctor_looks_at_the_state_folder(run: Run, here: Path, broker: str) -> None:
+    """Whatever the broker is, a folder for tables that cannot be made is a ✗ with the option that names another."""
+    (here / "taken").write_text("a file")
+    ran = run("doctor", "--broker", broker, "--state-dir", "taken/state")
+    assert ran.code == 1
+    assert f"✗ state     {here / 'taken'}: no folder that you may write to" in ran.out
+    assert "-> choose another: --state-dir DIR" in ran.out
+    fine = run("doctor", "--broker", broker)
+    assert f"✓ state     {here / '.rowmill' / 'state'}: " in fine.out
 
 
 # --- everything ------------------------------------------------------------------------------------------------

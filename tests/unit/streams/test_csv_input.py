@@ -108,15 +108,36 @@ def test_broken_lines(tmp_path: Path, line: str, raw: bytes, says: str) -> None:
 def test_line_numbers(tmp_path: Path) -> None:
     """The numbers are those of an editor: the header, empty lines and lines inside of quotes count."""
     found = pieces(tmp_path, 'a,b\n\n"x\ny",1\n\nbad\n"unfinished,1\nmore\n')
-    assert [str(piece.error).split(":")[0] for piece in found if piece.error] == ["line 6", "line 7"]
+    assert [str(piece.error).split(":")[0] for piece in found if piece.error] == [
+        "line 6",
+        "line 7",
+        "line 8",
+    ]
 
 
-def test_unterminated_quote(tmp_path: Path) -> None:
-    """A quote that never ends swallows the rest of the file, which is kept as it stands."""
-    first, broken = pieces(tmp_path, 'a,b\n1,2\n"3,4\n5,6\n')
-    assert first.row == {"a": 1, "b": 2}
-    assert (broken.row, broken.raw) == (None, b'"3,4\n5,6')
-    assert str(broken.error).startswith("line 3: ")
+@pytest.mark.parametrize("behind", [b"5,6\n", b"5,6\n\n7,xy\r\n8,9"])
+def test_a_quote_that_is_never_closed(tmp_path: Path, behind: bytes) -> None:
+    """It costs its own line, whose bytes are kept; those behind it are rows."""
+    first, broken, *rest = pieces(tmp_path, b'a,b\n1,2\n"3,4\n' + behind)
+    assert first.row is not None
+    assert (broken.row, broken.raw) == (None, b'"3,4')
+    assert str(broken.error) == "line 3: a quote is opened and never closed (unexpected end of data)"
+    assert [piece.row for piece in rest] == [piece.row for piece in pieces(tmp_path, b"a,b\n1,2\n" + behind)[1:]]
+
+
+def test_a_quote_that_swallows_too_much(tmp_path: Path) -> None:
+    """Also where the file is larger than what a cell may hold, only the line with the quote is broken."""
+    lines = 17 * 1024
+    found = pieces(tmp_path, b'a,b\n"3,4\n' + (b"y" * 1_000 + b",2\n") * lines)
+    assert [piece.raw for piece in found if piece.row is None] == [b'"3,4']
+    assert len(found) == 1 + lines
+
+
+def test_quotes_made_to_be_read_again(tmp_path: Path) -> None:
+    """Lines of which each swallows all the others are told one by one a hundred times, then together."""
+    *alone, rest = pieces(tmp_path, b"a,b\n" + b'x","\n' * 500)
+    assert [piece.raw for piece in alone] == [b'x","'] * 100
+    assert rest.raw.count(b"\n") == 399
 
 
 @pytest.mark.parametrize(

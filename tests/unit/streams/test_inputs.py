@@ -222,9 +222,12 @@ def test_what_is_no_input(rows: Any) -> None:
 def test_unknown_key_columns(tmp_path: Path) -> None:
     """A key column that the input does not have is refused, naming those that it has."""
     for path in files(tmp_path):
-        if "json" not in path.name:
-            with pytest.raises(ConfigError, match="no such column; it has id, name, half"):
-                FileInput(path, "ID")
+        is_json = "json" in path.name
+        says = "no row has such a field; the first one has id, name" if is_json else "no such column; it has id, name"
+        with pytest.raises(ConfigError, match=says):
+            FileInput(path, "ID")
+    with pytest.raises(ConfigError, match="no row has such a field; the first one has id, name"):
+        make_input(ROWS, "ID")
     with pytest.raises(ConfigError, match="no such column"):
         make_input(pd.DataFrame(ROWS), "ID")
 
@@ -254,3 +257,17 @@ def test_damaged_files(tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(content)
         with pytest.raises(InputError, match=name):
             list(FileInput(tmp_path / name).rows(0))
+
+
+def test_parquet_that_is_damaged_inside(tmp_path: Path) -> None:
+    """Behind a sound beginning damaged rows are an error that names the file; those before them come first."""
+    path = tmp_path / "a.parquet"
+    frame = pd.DataFrame({"n": range(20_000), "text": [f"text {n}" for n in range(20_000)]})
+    frame.to_parquet(path, index=False, compression="gzip", row_group_size=5_000)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2 : len(content) // 2 + 2_000] = b"\xff" * 2_000
+    path.write_bytes(content)
+    rows = FileInput(path).rows(0)
+    assert next(rows).value == b'{"n":0,"text":"text 0"}'
+    with pytest.raises(InputError, match=r"cannot read .*a\.parquet as Parquet"):
+        list(rows)
