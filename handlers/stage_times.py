@@ -8,7 +8,7 @@ the sample than quick ones, as they would be if every so often "the next to fini
 
 from __future__ import annotations
 
-import math
+import sys
 import threading
 from dataclasses import replace
 from typing import Any
@@ -23,6 +23,7 @@ _MOST = 300
 """Calls that are timed at most between two looks at the pace: it may rise, and there may be nobody who looks."""
 _LOOK_SECONDS = 0.5
 _KEPT_SECONDS = 30.0
+_NEVER = sys.maxsize
 
 
 class StageTimes:
@@ -37,7 +38,7 @@ class StageTimes:
     )  # fmt: skip
 
     def __init__(self, clock: Clock) -> None:
-        self.due: float = 0
+        self.due = 0
         """The next call is to be timed once so many have been made."""
         self._clock = clock
         self._lock = threading.Lock()
@@ -60,7 +61,7 @@ class StageTimes:
             stands_for = max(1, made - self._last)
             self._last = made
             self._left -= 1
-            self.due = made + self._step if self._left > 0 else math.inf
+            self.due = made + self._step if self._left > 0 else _NEVER
         return stands_for
 
     def add(self, seconds: float, stands_for: int) -> None:
