@@ -176,7 +176,7 @@ async def restore_with_rowmill(args: argparse.Namespace) -> dict[str, Any]:
         taken = watch.stop()
         if state.tables is None or state.counts["rows"] != args.records:
             raise SystemExit(f"the checkpoint says {state.counts['rows']:,} rows")
-        check(args, [(key, value[8:]) for key, value in state.tables.scan(PREFIX).items()])
+        check(args, [(key, value[8:]) for key, value in state.tables.scan(PREFIX)])
         await state.close()
     finally:
         await broker.close()

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from decimal import Decimal
 from itertools import repeat
-from typing import Any, cast
+from typing import Any, TypeAlias, cast
 
 from ..state.context import sum_costs
 from ..state.errors import BadRowError, ConfigError
@@ -26,7 +26,11 @@ from .outcomes import RAISED, Failure, Outcome, checked, failure_of, odd_result,
 from .policed import Bill, Trial, charge, persist
 from .recovery import recover, recover_async
 from .runtime import Runtime, check_resources
-from .stage import Stage, fitting, is_for
+from .stage import Handler, Stage, fitting, is_for
+from .stage_counts import Passage
+
+_PlainCalls: TypeAlias = Sequence[tuple[Stage, Handler, bool]]
+"""Plain stages, what is called for each, and whether that takes a row's context."""
 
 __all__ = ["Chain", "Failure", "Outcome", "attempt", "bare_attempt", "run_lots", "run_segment"]
 
@@ -59,7 +63,9 @@ class Chain:
         self.is_row_by_row = self.is_sync and len(self.segments) == 1 and self.stages[0].batch is None
         """Whether each row runs through the whole chain before the next one begins."""
 
-    def run_sync(self, rows: list[Outcome], contexts: Sequence[RowContext] | None) -> None:
+    def run_sync(
+        self, rows: list[Outcome], contexts: Sequence[RowContext] | None, runtime: Runtime | None = None
+    ) -> None:
         """Run a chain for which ``is_sync`` holds, on this thread. ``rows`` are replaced by their outcomes.
 
         Where a row ends the session (a Failure that ``halts``), those behind it are taken out of ``rows``.
@@ -67,15 +73,16 @@ class Chain:
         Args:
             rows: one entry per input row; entries that are no row (failed before) are left alone.
             contexts: one per row; None when ``takes_context`` is False.
+            runtime: where stages count; None: nowhere.
         """
         for segment in self.segments:
-            run_segment(segment, rows, contexts)
+            run_segment(segment, rows, contexts, runtime)
 
     async def run(self, rows: list[Outcome], contexts: Sequence[RowContext] | None, runtime: Runtime) -> None:
         """As :meth:`run_sync`, for any chain; blocking stages on threads."""
         for segment in self.segments:
             if segment[0].is_plain:
-                await runtime.pool.run(run_segment, segment, rows, contexts)
+                await runtime.pool.run(run_segment, segment, rows, contexts, runtime)
             else:
                 await run_lots(segment[0], rows, contexts, runtime)
 
@@ -100,12 +107,20 @@ def _segments(stages: Sequence[Stage]) -> list[tuple[Stage, ...]]:
     return segments
 
 
-def run_segment(segment: tuple[Stage, ...], rows: list[Outcome], contexts: Sequence[RowContext] | None) -> None:
+def run_segment(
+    segment: tuple[Stage, ...],
+    rows: list[Outcome],
+    contexts: Sequence[RowContext] | None,
+    runtime: Runtime | None = None,
+) -> None:
     """A group of plain stages over these rows, on this thread; ``rows`` are replaced by their outcomes."""
     if segment[0].batch is None:
-        _run_plain(segment, rows, contexts)
+        passage = Passage(segment)
+        _run_plain(segment, rows, contexts, passage, runtime)
+        if runtime is not None:
+            runtime.note_passage(passage)
     else:
-        for lot in _lots(segment[0], rows, contexts):
+        for lot in _lots(segment[0], rows, contexts, runtime):
             lot.call()
             if lot.halts():
                 return
@@ -114,42 +129,69 @@ def run_segment(segment: tuple[Stage, ...], rows: list[Outcome], contexts: Seque
 # --- rows ------------------------------------------------------------------------------------------------------
 
 
-def _run_plain(stages: tuple[Stage, ...], rows: list[Outcome], contexts: Sequence[RowContext] | None) -> None:
-    """The hot path: each row through all of ``stages`` before the next.
+def _run_plain(
+    stages: tuple[Stage, ...],
+    rows: list[Outcome],
+    contexts: Sequence[RowContext] | None,
+    passage: Passage,
+    runtime: Runtime | None,
+) -> None:
+    """Each row through all of ``stages`` before the next; where it is time for that, one in the middle is timed."""
+    calls: _PlainCalls = [(stage, stage.call, stage.takes_context) for stage in stages]
+    timed = runtime.timed(stages) if runtime is not None else None
+    if timed is None:
+        _run_rows(calls, rows, 0, len(rows), contexts, passage)
+        return
+    at = len(rows) // 2
+    timed_calls: _PlainCalls = [(stage, call, stage.takes_context) for stage, call in zip(stages, timed, strict=True)]
+    for these, begin, end in ((calls, 0, at), (timed_calls, at, at + 1), (calls, at + 1, len(rows))):
+        if len(rows) >= end:  # else the session has ended with a row before
+            _run_rows(these, rows, begin, end, contexts, passage)
+
+
+def _run_rows(
+    calls: _PlainCalls,
+    rows: list[Outcome],
+    begin: int,
+    end: int,
+    contexts: Sequence[RowContext] | None,
+    passage: Passage,
+) -> None:
+    """The hot path: these rows, one after the other, through all the calls.
 
     One loop turn and two comparisons a row and stage (about 0.06 µs here) besides the call itself. The stage's
-    name is needed only when something is amiss, so the loop variable is all that is kept for it.
+    name is needed only when something is amiss, so the loop variable is all that is kept for it. What stages count is
+    told by how many rows there were, and by those that did not go straight through: no row pays for it.
     """
-    calls = [(stage, stage.call, stage.takes_context) for stage in stages]
-    for i, value in enumerate(rows):
-        if value.__class__ is not dict:
-            if isinstance(value, list):
-                rows[i] = _spread(stages, value, contexts[i] if contexts else None)
-                if _halts(rows, i):
-                    return
-            continue
-        stage = stages[0]
-        try:
-            for stage, handler, takes_context in calls:
-                result = handler(value, contexts[i]) if takes_context else handler(value)  # type: ignore[index]
-                if result.__class__ is not dict:
-                    result = odd_result(stage, result)
+    strays = 0
+    for i, value in enumerate(rows[begin:end], begin):
+        if value.__class__ is dict:
+            stage = calls[0][0]
+            try:
+                for stage, handler, takes_context in calls:
+                    result = handler(value, contexts[i]) if takes_context else handler(value)  # type: ignore[index]
                     if result.__class__ is not dict:
-                        value = result
-                        break
-                value = result
-        except RAISED as error:
-            rows[i] = _go_on(stages, stage, value, contexts[i] if contexts else None, error)
-            if _halts(rows, i):
-                return
-            continue
-        if value.__class__ is list:
-            later = stages[stages.index(stage) + 1 :]
-            rows[i] = _spread(later, value, contexts[i] if contexts else None)
-            if _halts(rows, i):
-                return
+                        result = odd_result(stage, result)
+                        if result.__class__ is not dict:
+                            value = result
+                            break
+                    value = result
+            except RAISED as error:
+                outcome = _go_on(calls, stage, value, contexts[i] if contexts else None, error, passage)
+            else:
+                if value.__class__ is dict:
+                    rows[i] = value
+                    continue
+                outcome = _leave(calls, stage, value, contexts[i] if contexts else None, passage)
         else:
-            rows[i] = value
+            strays += 1
+            if not isinstance(value, list):
+                continue
+            outcome = _spread(calls, value, contexts[i] if contexts else None, passage)
+        rows[i] = outcome
+        if _halts(rows, i):
+            break
+    passage.went(calls[0][0], min(end, len(rows)) - begin - strays)
 
 
 def _halts(rows: list[Outcome], place: int) -> bool:
@@ -161,14 +203,14 @@ def _halts(rows: list[Outcome], place: int) -> bool:
     return True
 
 
-def _spread(stages: tuple[Stage, ...], several: list[Row], context: RowContext | None) -> Outcome:
+def _spread(calls: _PlainCalls, several: list[Row], context: RowContext | None, passage: Passage) -> Outcome:
     """Several rows made from one, through the remaining stages: all of them, or the failure of any."""
-    if not stages:
+    if not calls:
         return several or None
     out: list[Row] = []
     for row in several:
         lone: list[Outcome] = [row]
-        _run_plain(stages, lone, [context] if context else None)
+        _run_rows(calls, lone, 0, 1, [context] if context else None, passage)
         outcome = lone[0]
         if isinstance(outcome, Failure):
             return outcome
@@ -179,14 +221,28 @@ def _spread(stages: tuple[Stage, ...], several: list[Row], context: RowContext |
     return out or None
 
 
+def _behind(calls: _PlainCalls, stage: Stage) -> _PlainCalls:
+    """The calls behind that stage's."""
+    place = next(place for place, (one, _, _) in enumerate(calls, 1) if one is stage)
+    return calls[place:]
+
+
+def _leave(calls: _PlainCalls, stage: Stage, result: Any, context: RowContext | None, passage: Passage) -> Outcome:
+    """A plain stage gave no row, or several: these go through the remaining stages."""
+    passage.left(stage, result)
+    return None if result is None else _spread(_behind(calls, stage), result, context, passage)
+
+
 def _go_on(
-    stages: tuple[Stage, ...], failed: Stage, row: Any, context: RowContext | None, error: BaseException
+    calls: _PlainCalls, failed: Stage, row: Any, context: RowContext | None, error: BaseException, passage: Passage
 ) -> Outcome:
     """A plain stage raised: the row's failure, or what a fallback made of it, through the remaining stages."""
     outcome = recover(failed, row, context, failure_of(failed, error))
+    passage.left(failed, outcome)
     if outcome is None or isinstance(outcome, Failure):
         return outcome
-    several = _spread(stages[stages.index(failed) + 1 :], outcome if isinstance(outcome, list) else [outcome], context)
+    rows = outcome if isinstance(outcome, list) else [outcome]
+    several = _spread(_behind(calls, failed), rows, context, passage)
     return several[0] if isinstance(several, list) and len(several) == 1 else several
 
 
@@ -201,7 +257,7 @@ async def run_lots(
     may_begin: Callable[[], bool] | None = None,
 ) -> None:
     """Any one stage over these rows, one call after the other, in order; ``rows`` are replaced by their outcomes."""
-    for lot in _lots(stage, rows, contexts):
+    for lot in _lots(stage, rows, contexts, runtime):
         if not stage.is_policed:
             await _run_lot(lot, stage, runtime)
         elif stage.batch is not None:
@@ -214,7 +270,7 @@ async def run_lots(
 
 async def _run_lot(lot: _Lot, stage: Stage, runtime: Runtime) -> None:
     try:
-        lot.accept(await await_call(stage, lot.arguments(), runtime, stage.timeout))
+        lot.accept(await await_call(lot.counted(stage), lot.arguments(), runtime, stage.timeout))
         lot.pay()
         raise_if_cancelled()
     except asyncio.CancelledError as error:
@@ -231,11 +287,19 @@ async def attempt(stage: Stage, row: Row, context: RowContext | None, runtime: R
     """
     if runtime.traced is not None:
         stage = runtime.traced(stage)
-    if not stage.is_policed:
-        return await bare_attempt(stage, row, context, runtime)
-    policed = runtime.policed(stage)
-    trial = policed.begin(row, context)
-    return await persist(policed, trial) if isinstance(trial, Trial) else trial
+    outcome: Outcome | Trial
+    counts = runtime.counts(stage)
+    if stage.is_policed:
+        policed = runtime.policed(stage)
+        outcome = policed.begin(row, context)
+        if isinstance(outcome, Trial):
+            outcome = await persist(policed, outcome)
+    else:
+        times = runtime.times(stage)
+        timed = stage if counts.rows < times.due else times.stage(stage, counts.rows)
+        outcome = await bare_attempt(timed, row, context, runtime)
+    counts.note(outcome)
+    return outcome
 
 
 async def bare_attempt(stage: Stage, row: Row, context: RowContext | None, runtime: Runtime) -> Outcome:
@@ -272,8 +336,11 @@ class _Lot:
     A row that an earlier stage split holds several places; whatever fails in one of them fails the whole row.
     """
 
-    def __init__(self, stage: Stage, rows: list[Outcome], contexts: Sequence[RowContext] | None) -> None:
+    def __init__(
+        self, stage: Stage, rows: list[Outcome], contexts: Sequence[RowContext] | None, runtime: Runtime | None
+    ) -> None:
         self._stage = stage
+        self._runtime = runtime
         self._places = rows
         self._contexts = contexts
         self._origins: list[int] = []
@@ -326,17 +393,28 @@ class _Lot:
     def call(self) -> None:
         """Call the handler here and now, and give each row its part."""
         try:
-            self.accept(self._stage.call(*self.arguments()))
+            self.accept(self.counted(self._stage).call(*self.arguments()))
             self.pay()
         except RAISED as error:
             self.fail(error)
+
+    def counted(self, stage: Stage) -> Stage:
+        """Count a call of this stage, which is without policies; gives the stage to call, which may be a timed one."""
+        if self._runtime is None:
+            return stage
+        counts, times = self._runtime.counts(stage), self._runtime.times(stage)
+        called = stage if counts.calls < times.due else times.stage(stage, counts.calls)
+        counts.calls += 1
+        return called
 
     def fail(self, error: BaseException) -> None:
         """The call failed: so did every row in it, as far as none has a fallback."""
         self.pay()
         failure = failure_of(self._stage, error)
-        for place, (origin, row) in enumerate(zip(self._origins, self._inputs, strict=True)):
-            self._merge(place, recover(self._stage, row, self._context(origin), failure))
+        self._merge_all(
+            recover(self._stage, row, self._context(origin), failure)
+            for origin, row in zip(self._origins, self._inputs, strict=True)
+        )
 
     def accept(self, result: Any) -> Outcome:
         """Give each row its part of the result.
@@ -345,8 +423,9 @@ class _Lot:
             MisfitError: the result does not fit the rows; none of them got a part.
         """
         parts = self._parts(result)
-        for place, (origin, row, part) in enumerate(zip(self._origins, self._inputs, parts, strict=True)):
-            self._merge(place, self._fitting(origin, row, part))
+        if self._stage.output is not None:
+            parts = [self._fitting(*each) for each in zip(self._origins, self._inputs, parts, strict=True)]
+        self._merge_all(parts)
         for origin, attempt_context in self._attempts.items():
             context = self._context(origin)
             if context is not None:
@@ -360,8 +439,7 @@ class _Lot:
     def _fitting(self, origin: int, row: Row, part: Any) -> Outcome:
         """A row's part, if it fits the schema; one that does not fails alone."""
         check = self._stage.output
-        if check is None:
-            return cast("Outcome", part)
+        assert check is not None  # noqa: S101 - the caller has looked
         try:
             return cast("Outcome", fitting(check, part))
         except BadRowError as error:
@@ -395,8 +473,7 @@ class _Lot:
             await recover_async(self._stage, row, self._context(origin), failure, runtime)
             for origin, row in zip(self._origins, self._inputs, strict=True)
         ]
-        for place, outcome in enumerate(outcomes):
-            self._merge(place, outcome)
+        self._merge_all(outcomes)
         return failure if all(isinstance(outcome, Failure) for outcome in outcomes) else None
 
     def _parts(self, result: Any) -> list[Any]:
@@ -413,6 +490,14 @@ class _Lot:
                 "in order: a dict, a list of dicts, or None to drop it"
             )
         return [checked(stage, part) for part in result]
+
+    def _merge_all(self, outcomes: Iterable[Outcome]) -> None:
+        """What became of every row, in order."""
+        outcomes = list(outcomes)
+        for place, outcome in enumerate(outcomes):
+            self._merge(place, outcome)
+        if self._runtime is not None:
+            self._runtime.note_outcomes(self._stage, outcomes)
 
     def _merge(self, place: int, part: Outcome) -> None:
         origin = self._origins[place]
@@ -440,28 +525,35 @@ class _Several(list[Row]):
         self._parts[place:place] = [part] * len(rows)
 
 
-def _lots(stage: Stage, rows: list[Outcome], contexts: Sequence[RowContext] | None) -> list[_Lot]:
+def _lots(
+    stage: Stage, rows: list[Outcome], contexts: Sequence[RowContext] | None, runtime: Runtime | None
+) -> list[_Lot]:
     """The calls that a stage needs for these rows: ``batch`` rows to a lot, or one."""
     size = stage.batch or 1
-    lots = [_Lot(stage, rows, contexts)]
+    lots = [_Lot(stage, rows, contexts, runtime)]
     for i, value in enumerate(rows):
         if value is None or isinstance(value, Failure):
             continue
         parts = [value] if isinstance(value, dict) else value
         if isinstance(value, list):
             rows[i] = _Several()
-        wanted = enumerate(parts) if stage.batch is None else _for_batch(stage, rows, i, parts, contexts)
+        wanted = enumerate(parts) if stage.batch is None else _for_batch(stage, rows, i, parts, contexts, runtime)
         if _halts(rows, i):
             break
         for part, row in wanted:
             if len(lots[-1]) >= size:
-                lots.append(_Lot(stage, rows, contexts))
+                lots.append(_Lot(stage, rows, contexts, runtime))
             lots[-1].add(i, part, row)
     return [lot for lot in lots if len(lot)]
 
 
 def _for_batch(
-    stage: Stage, rows: list[Outcome], place: int, parts: Sequence[Row], contexts: Sequence[RowContext] | None
+    stage: Stage,
+    rows: list[Outcome],
+    place: int,
+    parts: Sequence[Row],
+    contexts: Sequence[RowContext] | None,
+    runtime: Runtime | None,
 ) -> Iterable[tuple[int, Row]]:
     """Those parts of a row that a batch stage is for, with their numbers; the others are past it already."""
     if stage.when is None and stage.input is None:
@@ -472,10 +564,15 @@ def _for_batch(
         try:
             if is_for(stage, row, context):
                 wanted.append((part, row if stage.input is None else stage.input.check(row)))
-            elif isinstance(present, _Several):
+                continue
+            if isinstance(present, _Several):
                 present.take(part, row)
+            if runtime is not None:
+                runtime.note_outcomes(stage, [row])
         except Exception as error:  # noqa: BLE001 - a user's condition or model may raise anything
             outcome = recover(stage, row, context, failure_of(stage, error))
+            if runtime is not None:
+                runtime.note_outcomes(stage, [outcome])
             if isinstance(outcome, Failure) or not isinstance(present, _Several):
                 rows[place] = outcome
                 return []

@@ -368,7 +368,7 @@ class _Plain(_Segment):
             while self._queue:
                 lot = [self._queue.popleft() for _ in range(min(len(self._queue), _PLAIN_ROWS))]
                 values, contexts = _columns(lot)
-                await self._runtime.pool.run(run_segment, self._stages, values, contexts)
+                await self._runtime.pool.run(run_segment, self._stages, values, contexts, self._runtime)
                 self._queue.extendleft(reversed(_hand_on(lot, values, self.leave)))
         finally:
             self._busy = False
@@ -430,6 +430,10 @@ class Lanes:
             if segment.flow.is_closed:  # the handler swallowed its cancellation: this task gets no further row
                 return
             if outcome is not _ELSEWHERE:
+                if outcome.__class__ is dict:
+                    segment.counts.rows += 1
+                elif flight.value.__class__ is dict:  # the parts of a row that was split were counted one by one
+                    segment.counts.note(outcome)
                 flight.value = outcome
                 segment.leave(flight)
 
@@ -482,6 +486,8 @@ class _Calls(_Segment):
         self._stage = stage
         self._runtime = runtime
         self._lanes = runtime.lanes(stage)
+        self._times = runtime.times(stage)
+        self.counts = runtime.counts(stage)
 
     def _wake(self) -> None:
         if not self.is_in_turn or not self._lanes.are_all_open:
@@ -495,7 +501,10 @@ class _Calls(_Segment):
         """Call the handler for a row."""
         value = flight.value
         if value.__class__ is dict:
-            return bare_attempt(self._stage, value, flight.context, self._runtime)
+            made, stage = self.counts.rows, self._stage
+            if made >= self._times.due:
+                stage = self._times.stage(stage, made)
+            return bare_attempt(stage, value, flight.context, self._runtime)
         return _attempt_all(self._stage, value, flight.context, self._runtime)
 
     def close(self) -> Sequence[asyncio.Task[None]]:

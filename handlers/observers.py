@@ -23,8 +23,9 @@ from ..state.context import ExecutionContext, checked_cost, sum_costs
 from ..state.errors import ConfigError, RowmillError
 from .budget import Budget
 from .options import check_count, check_seconds
-from .runtime import Event, StageCounts
+from .runtime import Event
 from .stage import Stage
+from .stage_counts import StageCounts
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -125,7 +126,7 @@ class ExecutionObserver:
         """The stage is ready for rows."""
 
     def on_stage_complete(self, stage: Stage, context: ExecutionContext, result: StageCounts | None) -> None:
-        """No more rows come. ``result`` is what happened in the stage; None where nobody counts: without policies."""
+        """No more rows come. ``result`` is what happened in the stage; None where nobody counts."""
 
     def on_stage_error(self, stage: Stage, context: ExecutionContext, error: Exception) -> None:
         """A row was given up in the stage, and that is committed: it is a dead letter, or was skipped.

@@ -223,6 +223,7 @@ class Policed:
         self.runtime = runtime
         self._clock = runtime.clock
         self._counts = runtime.counts(stage)
+        self._times = runtime.times(stage)
         self._breaker = runtime.breaker(stage)
         self._limiter = runtime.limiter(stage)
         self._cache = runtime.cache(stage)
@@ -292,6 +293,7 @@ class Policed:
         if not trial.attempts:
             trial.began = started
         trial.attempts += 1
+        stands_for = 0 if counts.calls < self._times.due else self._times.claim(counts.calls)
         counts.calls += 1
         try:
             result = await self._call(trial, started)
@@ -306,15 +308,21 @@ class Policed:
                 self._given_back(trial)
                 raise asyncio.CancelledError from error
             now = clock.monotonic()
-            counts.seconds += now - started
+            self._note_seconds(now - started, stands_for)
             return await self._failed(trial, error, now)
-        counts.seconds += clock.monotonic() - started
+        self._note_seconds(clock.monotonic() - started, stands_for)
         if self._breaker is not None and trial.permit is not None:
             self._breaker.succeeded(trial.permit)
         self._settle(trial)
         if trial.key is not None:
             self._keep(trial, outcome)
         return outcome
+
+    def _note_seconds(self, seconds: float, stands_for: int) -> None:
+        """A call is over; one that was chosen for it stands for so many others in the sample of their times."""
+        self._counts.seconds += seconds
+        if stands_for:
+            self._times.add(seconds, stands_for)
 
     def _call(self, trial: Trial, now: float) -> Awaitable[Any]:
         """The call, to be awaited. Not async itself: that would be one coroutine more for every row."""

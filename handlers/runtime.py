@@ -10,21 +10,26 @@ from __future__ import annotations
 import asyncio
 import logging
 import sys
+import threading
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..state.answers import AnswerStores, MemoryAnswerStores
 from ..state.artifacts import ArtifactStore
 from ..state.clock import Clock, SystemClock
+from ..state.codec import all_dicts
 from ..state.errors import ConfigError
+from ..state.sketch import Sketch
 from .breaker import Breaker, State
 from .budget import Account
 from .cache import Origin, Share, StageCache
 from .costs import CostTracker
 from .executors import BlockingPool
 from .limits import Limiter
-from .stage import Stage
+from .outcomes import Outcome
+from .stage import Handler, Stage
+from .stage_counts import Passage, StageCounts
+from .stage_times import StageTimes
 
 if TYPE_CHECKING:
     from .calls import TimeLimit
@@ -44,37 +49,6 @@ class Event(NamedTuple):
     kind: str
     subject: str
     detail: dict[str, Any]
-
-
-@dataclass(slots=True)
-class StageCounts:
-    """What happened in a stage in this worker since it started. Not exactly once: calls count when they are made.
-
-    Attributes:
-        calls: calls of the handler, retries included.
-        retries: of these, the second and further ones for a row.
-        timeouts: calls that took longer than the stage's ``timeout``.
-        failures: rows (or batches) that failed for good, before any fallback.
-        defaulted: of these, those that went on with a fallback.
-        refused: of these, those that met an open breaker.
-        passed_by: rows that the stage's ``when`` was not for.
-        hits: answers that came from the cache.
-        seconds: time spent in calls.
-    """
-
-    calls: int = 0
-    retries: int = 0
-    timeouts: int = 0
-    failures: int = 0
-    defaulted: int = 0
-    refused: int = 0
-    passed_by: int = 0
-    hits: int = 0
-    seconds: float = 0.0
-
-    def to_dict(self) -> dict[str, Any]:
-        """The figures by name."""
-        return asdict(self)
 
 
 class Runtime:
@@ -120,6 +94,9 @@ class Runtime:
         self._slots: dict[str, asyncio.Semaphore] = {}
         self._lanes: dict[str, Lanes] = {}
         self._counts: dict[str, StageCounts] = {}
+        self._counting = threading.Lock()
+        self._called_by_row: list[StageCounts] = []
+        self._times: dict[str, StageTimes] = {}
         self._breakers: dict[str, Breaker] = {}
         self._limiters: dict[str, Limiter] = {}
         self._policed: dict[str, Policed] = {}
@@ -217,8 +194,17 @@ class Runtime:
         """The stage's counts."""
         counts = self._counts.get(stage.name)
         if counts is None:
-            counts = self._counts[stage.name] = StageCounts()
+            counts = self._counts.setdefault(stage.name, StageCounts(is_policed=stage.is_policed))  # on any thread
+            if not stage.is_policed and stage.batch is None:
+                self._called_by_row.append(counts)
         return counts
+
+    def times(self, stage: Stage) -> StageTimes:
+        """How long the stage's calls take."""
+        times = self._times.get(stage.name)
+        if times is None:
+            times = self._times.setdefault(stage.name, StageTimes(self.clock))
+        return times
 
     def policed(self, stage: Stage) -> Policed:
         """The stage's policies at work here."""
@@ -265,7 +251,42 @@ class Runtime:
     @property
     def stage_counts(self) -> dict[str, StageCounts]:
         """Counts by stage, of those that have any."""
+        for counts in self._called_by_row:
+            counts.calls = counts.rows - counts.passed_by  # one for each: no need to count both
         return self._counts
+
+    def note_passage(self, passage: Passage) -> None:
+        """Rows went through fused stages, on any thread."""
+        with self._counting:
+            passage.add_to([self.counts(stage) for stage in passage.stages])
+
+    def note_outcomes(self, stage: Stage, outcomes: Sequence[Outcome]) -> None:
+        """Rows of a batch are through, on any thread."""
+        counts = self.counts(stage)
+        with self._counting:
+            if all_dicts(outcomes):
+                counts.rows += len(outcomes)
+                return
+            for outcome in outcomes:
+                counts.note(outcome)
+
+    def timed(self, stages: Sequence[Stage]) -> Sequence[Handler] | None:
+        """What to call instead of these plain stages' handlers for one row, if one is to be timed now."""
+        made = [self.counts(stage).rows for stage in stages]
+        times = [self.times(stage) for stage in stages]
+        if made[0] < times[0].due:
+            return None
+        return [each.timed(stage.call, rows) for each, stage, rows in zip(times, stages, made, strict=True)]
+
+    def new_latency(self) -> dict[str, Sketch]:
+        """How long calls took, by stage: a sample of those since this was asked before."""
+        counts = self.stage_counts
+        return {name: times.take(counts[name].calls) for name, times in self._times.items()}
+
+    def latency(self) -> dict[str, Sketch]:
+        """The same of the last half minute, or somewhat more."""
+        counts = self.stage_counts
+        return {name: times.recent(counts[name].calls) for name, times in self._times.items()}
 
     @property
     def breakers(self) -> dict[str, Breaker]:

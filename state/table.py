@@ -7,8 +7,9 @@ operations, and joins the table when the row completes, together with its result
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
 from .codec import encode, loads
@@ -69,8 +70,8 @@ class Source(Protocol):
         """The value now, or None."""
         ...
 
-    def scan(self, prefix: bytes) -> dict[bytes, Stamped]:
-        """All entries whose keys begin so, in no particular order, as a dict of the caller's own."""
+    def scan(self, prefix: bytes) -> Iterator[tuple[bytes, Stamped]]:
+        """All entries whose keys begin so, as they are now, ascending; no more is read than is asked for."""
         ...
 
 
@@ -114,8 +115,8 @@ class RowTables:
         """What the row sees there."""
         return self._own[key] if key in self._own else self._source.get(key)
 
-    def scan(self, prefix: bytes) -> dict[bytes, Stamped]:
-        """What the row sees below there."""
+    def scan(self, prefix: bytes) -> Iterator[tuple[bytes, Stamped]]:
+        """What the row sees below there, ascending."""
         return overlaid(self._source.scan(prefix), self._own, prefix)
 
     def put(self, key: bytes, value: Stamped | None) -> None:
@@ -166,13 +167,8 @@ class Table:
     def scan(self, prefix: str = "", limit: int | None = None) -> list[tuple[str, Any]]:
         """Entries whose keys begin with ``prefix``, by key, at most ``limit`` of them: pairs of key and value."""
         found = self._row.scan(self._prefix + _utf8(prefix))
-        out: list[tuple[str, Any]] = []
-        for key in sorted(found):
-            if limit is not None and len(out) >= limit:
-                break
-            if not self._is_over(found[key]):
-                out.append((key[len(self._prefix) :].decode(), unstamp(found[key])))
-        return out
+        living = ((key, value) for key, value in found if not self._is_over(value))
+        return [(self._name_of(key), unstamp(value)) for key, value in islice(living, limit and max(0, limit))]
 
     def update(self, key: str, function: Callable[[Any], Any]) -> None:
         """Change an entry when the row completes: ``function(value or None)`` gives the new value, None deletes it.
@@ -198,7 +194,7 @@ class Table:
 
     def __iter__(self) -> Iterator[str]:
         """The keys, in order."""
-        return iter([key for key, _ in self.scan()])
+        return iter([self._name_of(key) for key, value in self._row.scan(self._prefix) if not self._is_over(value)])
 
     def _key(self, key: str) -> bytes:
         encoded = _utf8(key)
@@ -206,33 +202,53 @@ class Table:
             raise ConfigError(f"table {self._spec.name!r}: key", key, f"use 1 to {MAX_KEY_BYTES:,} bytes of text")
         return self._prefix + encoded
 
+    def _name_of(self, key: bytes) -> str:
+        return key[len(self._prefix) :].decode()
+
     def _is_over(self, value: Stamped) -> bool:
         return is_expired(self._spec, value, self._row.time_ms)
 
 
 def overlaid(
-    below: dict[bytes, Stamped], changes: Mapping[bytes, Stamped | None], prefix: bytes
-) -> dict[bytes, Stamped]:
-    """``below`` with the changes to keys that begin so; it is changed and given back."""
-    for key, value in list(changes.items()):  # a copy: another thread may complete rows meanwhile
-        if key.startswith(prefix):
-            if value is None:
-                below.pop(key, None)
-            else:
-                below[key] = value
-    return below
+    below: Iterator[tuple[bytes, Stamped]], changes: Mapping[bytes, Stamped | None], prefix: bytes
+) -> Iterator[tuple[bytes, Stamped]]:
+    """``below`` with the changes, as they are now, to keys that begin so; both ascend."""
+    # A copy: another thread may complete rows meanwhile.
+    over = sorted(change for change in list(changes.items()) if change[0].startswith(prefix))
+    return _merged(below, over) if over else below
+
+
+def _merged(
+    below: Iterator[tuple[bytes, Stamped]], over: Sequence[tuple[bytes, Stamped | None]]
+) -> Iterator[tuple[bytes, Stamped]]:
+    place = 0
+    for entry in below:
+        while place < len(over) and over[place][0] < entry[0]:
+            yield from _living(over[place])
+            place += 1
+        if place == len(over) or over[place][0] != entry[0]:
+            yield entry
+    for change in over[place:]:
+        yield from _living(change)
+
+
+def _living(change: tuple[bytes, Stamped | None]) -> Iterator[tuple[bytes, Stamped]]:
+    if change[1] is not None:
+        yield change[0], change[1]
 
 
 def stamp(spec: TableSpec, value: Any, time_ms: int) -> Stamped:
     """A value as a store keeps it.
 
     Raises:
-        ConfigError: None, or longer than 900,000 bytes.
+        ConfigError: None, NaN or infinite, or longer than 900,000 bytes.
         BadRowError: no JSON.
     """
     if value is None:
         raise ConfigError(f"table {spec.name!r}: value", value, "delete() the entry instead")
     encoded = encode(value)
+    if encoded == b"null":  # it would be read as None, which is no value
+        raise ConfigError(f"table {spec.name!r}: value", value, "JSON has no NaN and no infinity")
     if len(encoded) > MAX_VALUE_BYTES:
         raise ConfigError(
             f"table {spec.name!r}: value", f"{len(encoded):,} bytes of JSON", f"keep it within {MAX_VALUE_BYTES:,}"

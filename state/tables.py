@@ -12,7 +12,7 @@ which expired entries are found.
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from threading import Lock
 
@@ -63,8 +63,8 @@ class Layer(Source):
         changes = self.changes  # one look: `take` puts another one there
         return changes[key] if key in changes else self._below.get(key)
 
-    def scan(self, prefix: bytes) -> dict[bytes, Stamped]:
-        """All entries whose keys begin so."""
+    def scan(self, prefix: bytes) -> Iterator[tuple[bytes, Stamped]]:
+        """All entries whose keys begin so, ascending."""
         changes = self.changes
         return overlaid(self._below.scan(prefix), changes, prefix)
 
@@ -125,8 +125,8 @@ class PartitionTables(Layer):
         taken = self._taken
         return taken[key] if key in taken else self._stored.get(key)
 
-    def scan(self, prefix: bytes) -> dict[bytes, Stamped]:
-        """All entries whose keys begin so."""
+    def scan(self, prefix: bytes) -> Iterator[tuple[bytes, Stamped]]:
+        """All entries whose keys begin so, ascending."""
         changes = self.changes
         taken = self._taken  # before the store: what is forgotten meanwhile lies there
         return overlaid(overlaid(self._stored.scan(prefix), taken, prefix), changes, prefix)
@@ -263,16 +263,21 @@ class PartitionTables(Layer):
     # --- what the store says of itself -------------------------------------------------------------------------
 
     @property
-    def about(self) -> dict[str, int | dict[str, int]]:
+    def about(self) -> dict[str, int | str | dict[str, int]]:
         """What :meth:`describe` noted, {} for a new store."""
         raw = self._store.get(_ABOUT)
         return {} if raw is None else dict(loads(raw))
 
-    def describe(self, now_ms: int) -> None:
-        """Note when this store was in use last, and the lifetimes that its index was made with."""
+    def describe(self, now_ms: int, restoring: str = "") -> None:
+        """Note when this store was in use last, and the lifetimes that its index was made with.
+
+        Args:
+            now_ms: the present.
+            restoring: the changelog's generation, while a restore is under way that may be cut off.
+        """
         about = {"used_ms": now_ms, "ttl_ms": {spec.name: spec.ttl_ms for spec in self._mortal.values()}}
         with self._writing:
-            self._store.write([(_ABOUT, dumps(about))])
+            self._store.write([(_ABOUT, dumps({**about, "restoring": restoring} if restoring else about))])
         self._described_ms = now_ms
 
     def close(self) -> None:
@@ -321,10 +326,18 @@ class _Remembered(Source):
                 self._grow(size)
         return value
 
-    def scan(self, prefix: bytes) -> dict[bytes, Stamped]:
-        """All entries of the store whose keys begin so."""
+    def scan(self, prefix: bytes) -> Iterator[tuple[bytes, Stamped]]:
+        """All entries of the store whose keys begin so, as they are now, ascending."""
         try:
-            return dict(self._store.scan(prefix))
+            found = self._store.scan(prefix)
+        except StoreError as error:
+            self.failure = error
+            raise
+        return self._watched(found)
+
+    def _watched(self, found: Iterator[tuple[bytes, Stamped]]) -> Iterator[tuple[bytes, Stamped]]:
+        try:
+            yield from found
         except StoreError as error:
             self.failure = error
             raise

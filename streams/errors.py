@@ -64,6 +64,7 @@ class OffsetOutOfRangeError(RowmillError):
         super().__init__(f"{tp}: offset {offset:,} is not in the log; {remedy}")
         self.tp = tp
         self.offset = offset
+        self.remedy = remedy
 
 
 class SessionError(RowmillError):

@@ -69,6 +69,8 @@ class Facilities:
             artifacts=pipeline.artifact_store(session.group),
             processes=options.processes,
         )
+        for stage in self._stages:  # whoever watches sees them from the beginning, in the chain's order
+            self.runtime.counts(stage)
         self._remote = [stage.handler for stage in self._stages if isinstance(stage.handler, ProcessHandler)]
         if self._remote:
             _ = self.runtime.processes  # refuses to be made in a process of its own kind

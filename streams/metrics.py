@@ -33,6 +33,8 @@ Sample: TypeAlias = "tuple[tuple[str, ...], float]"
 WORKER_STATES = ("starting", "running", "pausing", "paused", "stopping", "stopped")
 PARTITION_STATES = ("opening", "running", "paused")
 BREAKER_STATES = ("closed", "open", "half_open")
+QUANTILES = (0.5, 0.95, 0.99)
+"""Of the times of calls."""
 
 
 class Observed(Protocol):
@@ -116,9 +118,18 @@ def _partition_states(snapshot: WorkerSnapshot) -> Iterator[Sample]:
 def _stages(field: str) -> Callable[[WorkerSnapshot], Iterator[Sample]]:
     def samples(snapshot: WorkerSnapshot) -> Iterator[Sample]:
         for stage, counts in snapshot.stages.items():
-            yield (stage,), float(counts.get(field, 0))
+            if field in counts:  # stages without policies have some of them only
+                yield (stage,), float(counts[field])
 
     return samples
+
+
+def _latency(snapshot: WorkerSnapshot) -> Iterator[Sample]:
+    for stage, sketch in snapshot.latency.items():
+        for fraction in QUANTILES:
+            seconds = sketch.quantile(fraction)
+            if seconds is not None:
+                yield (stage, f"{fraction:g}"), seconds
 
 
 def _breakers(snapshot: WorkerSnapshot) -> Iterator[Sample]:
@@ -187,6 +198,14 @@ METRICS: tuple[Metric, ...] = (
            _partitions(lambda each: each.counts.get("results", 0))),
     Metric("rowmill_partition_dead_letters_total", "counter", _TP, "Dead letters since the session's beginning.",
            _partitions(lambda each: each.counts.get("dead_letters", 0))),
+    Metric("rowmill_stage_rows_total", "counter", _STAGE, "Rows that went into the stage and are through.",
+           _stages("rows")),
+    Metric("rowmill_stage_out_rows_total", "counter", _STAGE, "Rows that came out of the stage.", _stages("out")),
+    Metric("rowmill_stage_dropped_rows_total", "counter", _STAGE, "Rows that the stage dropped.", _stages("dropped")),
+    Metric("rowmill_stage_failed_rows_total", "counter", _STAGE, "Rows that failed in the stage, without a fallback.",
+           _stages("failed")),
+    Metric("rowmill_stage_call_seconds", "gauge", (*_STAGE, "quantile"),
+           "Time of one call, from a sample of the last half minute.", _latency),
     Metric("rowmill_stage_calls_total", "counter", _STAGE, "Calls of the handler, retries included.", _stages("calls")),
     Metric("rowmill_stage_seconds_total", "counter", _STAGE, "Time spent in these calls.", _stages("seconds")),
     Metric("rowmill_stage_retries_total", "counter", _STAGE, "Calls that were a row's second or further one.",

@@ -13,10 +13,11 @@ from __future__ import annotations
 
 import base64
 import binascii
+from bisect import bisect_left
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from ..state.model import Committed, Record
+from ..state.model import Committed, Record, TopicPartition
 from .errors import CheckpointError
 
 MAX_CHARACTERS = 4_096
@@ -57,8 +58,12 @@ def encode_map(offsets: OffsetMap) -> str:
     return base64.b64encode(bytes((_VERSION, kind)) + _varint(span) + payload).decode("ascii")
 
 
-def decode_map(committed: Committed) -> OffsetMap:
+def decode_map(committed: Committed, tp: TopicPartition | None = None) -> OffsetMap:
     """The map of a commit.
+
+    Args:
+        committed: the commit.
+        tp: where, for the error.
 
     Raises:
         CheckpointError: it cannot be read, or a newer rowmill wrote it. Nothing is guessed: without the map,
@@ -76,15 +81,17 @@ def decode_map(committed: Committed) -> OffsetMap:
             offsets = _from_bits(low, span, payload) if kind == _BITS else _from_runs(low, span, payload)
             return OffsetMap(low, low + span, offsets)
     except (binascii.Error, IndexError, ValueError) as error:
-        raise _unreadable(committed, str(error)) from error
-    raise _unreadable(committed, f"version {version}, kind {kind}; this rowmill reads version {_VERSION}")
+        raise _unreadable(committed, tp, str(error)) from error
+    raise _unreadable(committed, tp, f"version {version}, kind {kind}; this rowmill reads version {_VERSION}")
 
 
-def _unreadable(committed: Committed, why: str) -> CheckpointError:
+def _unreadable(committed: Committed, tp: TopicPartition | None, why: str) -> CheckpointError:
+    where = "" if tp is None else f"{tp}: "
     return CheckpointError(
-        f"the offset map committed at {committed.offset:,} cannot be read ({why}): {committed.metadata[:60]!r}…. Run a "
-        "newer rowmill if one wrote it; or, with the group stopped, reset its offset with Kafka's consumer-groups tool "
-        "(--reset-offsets --to-current): rows above it that were complete then run again"
+        f"{where}the offset map committed at {committed.offset:,} cannot be read ({why}): "
+        f"{committed.metadata[:60]!r}…. Run a newer rowmill if one wrote it; or, with the workers stopped, drop it: "
+        "`rowmill replay PIPELINE --to-current --execute` (and --session NAME, if it is not the live one). Rows above "
+        "it that were complete then run again"
     )
 
 
@@ -116,6 +123,13 @@ class OffsetTracker:
     def has_room(self, offset: int) -> bool:
         """Whether this offset may be taken: whether the map will fit whatever completes next."""
         return len(self._incomplete) < IN_FLIGHT_LIMIT or offset - self.low_watermark < SPAN_LIMIT
+
+    def fitting(self, offsets: Sequence[int]) -> int:
+        """How many of the next offsets, ascending, may be taken together; the first one may."""
+        few = max(1, IN_FLIGHT_LIMIT - len(self._incomplete))
+        if len(offsets) <= few or offsets[-1] - self.low_watermark < SPAN_LIMIT:
+            return len(offsets)
+        return max(few, bisect_left(offsets, self.low_watermark + SPAN_LIMIT))
 
     def take(self, offsets: Sequence[int]) -> list[int]:
         """Take offsets as the reader gives them, ascending; returns the places of those that have to run.

@@ -36,6 +36,10 @@ CHANGELOG_CONFIG = {
 """What changelog topics are made with. A record's timestamp is its entry's: time to live counts from it."""
 
 
+_LONG_RESTORE_SECONDS = 5.0
+"""After which a restore notes what it is of, so that it can go on if it is cut off. To find that out takes a look at
+the changelog's end, which a shorter one is not worth."""
+
 _COUNTS = ("rows", "results", "dropped", "skipped", "defaulted", "dead_letters", "emitted")
 
 
@@ -143,13 +147,15 @@ class PartitionState:
         if not self._specs or self._stores is None:
             return await reader.last_checkpoint()
         position = await self._open_store()
+        record = None
         if position is not None:
-            why = self._misfit(reader, position, await reader.last_checkpoint(), committed)
+            record = await reader.last_checkpoint()
+            why = self._misfit(reader, position, record, committed)
             if why is not None:
                 log.warning("%s: restoring all of the local tables: %s", self._tp, why)
                 await self._wipe()
                 position = await self._open_store()
-        await self._restore_tables(reader, reader.start if position is None else position)
+        await self._restore_tables(reader, position, "" if record is None else record.generation)
         return self._stored_record()
 
     def _misfit(
@@ -166,7 +172,7 @@ class PartitionState:
         """
         stored = self._stored_record()
         if stored is None:
-            return "they know of no checkpoint"
+            return self._misfit_of_a_part(reader, position, record)
         if record is None:
             if committed is not None:
                 raise CheckpointError(
@@ -185,17 +191,50 @@ class PartitionState:
         }
         return next((why for why, applies in reasons.items() if applies), None)
 
-    async def _restore_tables(self, reader: ChangelogReader, begin: int) -> None:
-        """Bring the store up to the changelog's end."""
+    def _misfit_of_a_part(self, reader: ChangelogReader, position: int, record: CheckpointRecord | None) -> str | None:
+        """Why a restore that was cut off cannot be gone on with, if so.
+
+        In a compacted changelog the one checkpoint is near the end, so that a part of it knows none: what the part is
+        of was noted when the restore began.
+        """
+        restoring = self._tables.about.get("restoring") if self._tables is not None else None
+        if record is None or restoring != record.generation or not reader.start <= position <= reader.end:
+            return "they know of no checkpoint"
+        log.info("%s: a restore that was cut off goes on at %d of %d", self._tp, position, reader.end)
+        return None
+
+    async def _restore_tables(self, reader: ChangelogReader, position: int | None, generation: str) -> None:
+        """Bring the store up to the changelog's end, from where it stands; None: it is new.
+
+        Its position is known from then on, also where nobody tells that of later writes (at least once): a store
+        without one cannot be compared with its changelog.
+        """
         tables = self._tables
         assert tables is not None  # noqa: S101 - just opened
 
-        async def load(records: Sequence[Record], behind: int) -> None:
-            await self._pool.run(tables.load, records, behind)
+        began = self._clock.monotonic()
 
-        await self._pool.run(tables.describe, self._clock.now_ms())  # first: a store without a date is not believed
+        async def load(records: Sequence[Record], behind: int) -> None:
+            nonlocal generation
+            await self._pool.run(tables.load, records, behind)
+            if not generation and self._clock.monotonic() - began > _LONG_RESTORE_SECONDS:
+                generation = await self._present_generation()
+                await self._pool.run(tables.describe, self._clock.now_ms(), generation)
+
+        # First: a store without a date is not believed.
+        await self._pool.run(tables.describe, self._clock.now_ms(), generation)
+        begin = reader.start if position is None else position
         if begin < reader.end:
             await reader.restore(begin, load)
+        elif position is None:
+            await load((), begin)
+
+    async def _present_generation(self) -> str:
+        """Of the changelog as it is now."""
+        record = await last_checkpoint(
+            self._broker, self.changelog, self._tp, self._options.broker_timeout, self._clock
+        )
+        return "unknown" if record is None else record.generation
 
     async def _open_store(self) -> int | None:
         """Open the partition's store; its position, None for one without content that counts."""
@@ -210,9 +249,11 @@ class PartitionState:
         self._tables = tables = PartitionTables(store, self._specs, lambda: stores.recent_bytes)
         about, position = tables.about, tables.position
         mortal = {name: spec.ttl_ms for name, spec in self._specs.items() if spec.ttl_ms is not None}
-        if position is None:
+        if position is None and not about:
             return None
-        if about.get("ttl_ms") != mortal:
+        if position is None:
+            why = "nobody knows where they stand"
+        elif about.get("ttl_ms") != mortal:
             why = "a table's ttl was changed"
         elif self._clock.now_ms() - int(str(about.get("used_ms", 0))) > TOMBSTONES_MS:
             why = "they were last in use more than a day ago, and may have missed deletions"
@@ -239,8 +280,8 @@ class PartitionState:
                 f"group {self._session.group} has no committed offset for {self._tp}, but its changelog "
                 f"{self.changelog.topic} knows a checkpoint at {record.offset:,}: the offsets expired (Kafka drops "
                 "those of a group that was away for a week), or they or the source were deleted. Starting over "
-                "silently would run every row again. With the workers stopped, set the group's offset with Kafka's "
-                f"consumer-groups tool (--reset-offsets --to-offset {record.offset}), or delete the changelog topic "
+                "silently would run every row again. To go on there: "
+                f"{self._session.way_to_move(self._tp, f'--to-offset {record.offset}')}; or delete the changelog topic "
                 "to begin anew"
             )
         if committed is not None and record is None:

@@ -20,7 +20,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
-from itertools import repeat
+from itertools import chain, islice, repeat
 from operator import attrgetter
 from typing import Any
 
@@ -236,7 +236,7 @@ class PartitionTask:
             BrokerError: the broker does not answer.
         """
         checkpoint = await self._delivery.open()
-        start = decode_map(checkpoint or Committed(0))
+        start = decode_map(checkpoint or Committed(0), self.tp)
         await self._state.open(checkpoint)
         if checkpoint is None:
             start = await self._settle_beginning(first_offset)
@@ -486,9 +486,10 @@ class PartitionTask:
         return self._tracker.has_room(record.offset) and (self._in_flight.has_room() or not self._flying_rows)
 
     def _share(self) -> int:
-        """How many rows to begin in one go: few enough that no cap is passed by much."""
+        """How many rows to begin in one go: few enough that no cap is passed by much, and the offset map fits."""
         free = self._options.max_in_flight - self._in_flight.rows
-        return max(1, min(_FLOW_LOT, free))
+        most = max(1, min(_FLOW_LOT, free))
+        return self._tracker.fitting([record.offset for record in islice(chain.from_iterable(self._inbox), most)])
 
     def _begin(self, taken: Sequence[Record], condemned: Failure | None = None) -> None:
         """Send rows into the flow, but those that the last owner completed, and those that are none."""

@@ -287,7 +287,7 @@ class Processor:
             batch = Batch(records[start : start + size])
             lot = self._lot(batch, layer, loop)
             self.decode(batch, lot)
-            self._chain.run_sync(batch.rows, batch.contexts)
+            self._chain.run_sync(batch.rows, batch.contexts, self._runtime)
             batch.cut()
             effects.merge((yield from self._settle_and_encode(batch, lot)))
             if batch.halted_by is not None:

@@ -352,9 +352,12 @@ class Replay:
         note = ""
         try:
             known = standing(decode_map(committed), record)
+            end = known.end
         except CheckpointError:
             known = decode_map(Committed(committed.offset))
             note = "its offset map cannot be read"
+            # Any row that was taken may be complete.
+            end = place.end if record is None or record.witness is None else record.witness[0] + 1
         if record is not None and record.rebuild_until is not None and not done:
             self._check_half_made(tp, record.rebuild_until)
             note = note or f"tables are being rebuilt up to {record.rebuild_until:,}"
@@ -366,7 +369,7 @@ class Replay:
         if to != asked:
             note = note or f"{asked:,} is not in the log"
         undone = [offset for offset in known.incomplete if place.first <= offset < to]
-        again_in_map = max(0, known.end - max(known.low, to) - sum(offset >= to for offset in known.incomplete))
+        again_in_map = max(0, end - max(known.low, to) - sum(offset >= to for offset in known.incomplete))
         again = max(0, min(known.low, place.end) - to) + again_in_map
         skipped = len(undone) + max(0, to - max(known.end, place.first))
         move = Move(tp, committed.offset, to, again, skipped, again_in_map, note=note)
@@ -396,7 +399,7 @@ class Replay:
         assert to is not None  # noqa: S101 - the caller has looked
         lost = place.first if move.before else 0
         kept, rows = "", max(0, to - place.begin)
-        if self._target.how == "current" and to == known.low:
+        if self._target.how == "current" and to == known.low < known.end:
             kept, rows = encode_map(known), rows + move.discarded
             move = replace(move, run_again=move.run_again - move.discarded, discarded=0)
         if to <= place.begin and not kept:  # nothing lies before it: the tables are empty there

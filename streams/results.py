@@ -101,8 +101,9 @@ class ExecutionResult:
         session: the session's id.
         topics: where things are: role (source, sink, dead_letters) to topic.
         start_time, end_time: of this call.
-        stages: what happened in stages with policies, by name: calls, retries, time-outs and so on (see
-            :class:`~rowmill.handlers.runtime.StageCounts`). Of this call; calls made again after a crash count again.
+        stages: what happened in stages, by name: rows, calls, retries, time-outs and so on (see
+            :class:`~rowmill.handlers.stage_counts.StageCounts`). Of this call; calls made again after a crash count
+            again.
         stopped: why the session ended before its last row (a handler raised StopExecution), or None. Its topics are
             kept; :meth:`~rowmill.Pipeline.run` with ``session=`` goes on with it.
     """

@@ -78,7 +78,7 @@ class RunOutcome:
     stats: WorkerStats | None = None
     """What this attempt did, where the session's context tells of more than its rows: a live one's."""
     stages: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """Counts of stages with policies, of this attempt."""
+    """Counts of stages, of this attempt."""
     stopped_by: Failure | None = None
     """What ended the session before its last row, if something did."""
     is_whole: bool = True

@@ -103,6 +103,14 @@ class Session:
     def _suffix(self) -> str:
         return "" if self.is_live else f".{self.id}"
 
+    def way_to_move(self, tp: TopicPartition, where: str) -> str:
+        """What sets this session's position in one partition, for errors that end with it."""
+        if self.owns_source:
+            return "run the rows again as another session"
+        name = "" if self.is_live else f" --session {self.id}"
+        place = f"--source {tp.topic} --topic {tp.topic}:{tp.partition}"
+        return f"with the workers stopped, `rowmill replay {self.pipeline} {place} {where}{name} --execute`"
+
     def source(self, topic: str) -> str:
         """The topic to read for a declared source."""
         return topic + self._suffix if self.owns_source else topic

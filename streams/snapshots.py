@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
 from ..state.model import TopicPartition
+from ..state.sketch import Sketch
 
 WorkerState: TypeAlias = "Literal['starting', 'running', 'pausing', 'paused', 'stopping', 'stopped']"
 
@@ -58,7 +59,8 @@ class WorkerSnapshot:
         in_flight_bytes: their values' bytes.
         commit_seconds: how long its last commit took; None before the first one.
         partitions: those it owns.
-        stages: of stages with policies, counts and times by name (see StageCounts).
+        stages: by name, in the chain's order: counts and times (see StageCounts).
+        latency: by name, how long calls took: a sample of those lately.
         breakers: ``closed``, ``open`` or ``half_open`` by resource.
         budget: ``limit``, ``spent``, ``held`` as text; None without a budget.
         events_dropped: events that were too many for ``rowmill.events``, since it started.
@@ -77,13 +79,15 @@ class WorkerSnapshot:
     stages: Mapping[str, Mapping[str, Any]]
     breakers: Mapping[str, str]
     budget: Mapping[str, str] | None = None
+    latency: Mapping[str, Sketch] = field(default_factory=dict)
     events_dropped: int = 0
     observer_errors: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON; without ``worker`` and ``at_ms``, which every event has anyway."""
         fields = {name: getattr(self, name) for name in _WORKER_FIELDS}
-        return fields | {"partitions": [each.to_dict() for each in self.partitions]}
+        latency = {name: sketch.to_dict() for name, sketch in self.latency.items() if sketch.count}
+        return fields | {"partitions": [each.to_dict() for each in self.partitions], "latency": latency}
 
 
 _PARTITION_FIELDS = [name for name in PartitionSnapshot.__dataclass_fields__ if name != "tp"]

@@ -21,6 +21,7 @@ from ..state.context import ExecutionContext, sum_costs
 from ..state.errors import RowmillError
 from ..state.execution import ExecutionState
 from ..state.model import Committed, TopicPartition
+from ..state.sketch import Sketch
 from .brokers.base import Broker, MemberInfo, TopicInfo
 from .deadlines import deadline
 from .errors import BrokerError, TopicError
@@ -177,7 +178,8 @@ class SessionStatus:
         cost, tokens: what its completed rows cost.
         budget: None where it has no ledger.
         breakers: the worst state of each over all workers: ``closed``, ``half_open``, ``open``.
-        stages: what live workers counted by stage since they started; of stages with policies.
+        stages: what live workers counted by stage since they started.
+        latency: ``p50``, ``p95`` and ``p99`` of the times of calls by stage, in seconds, in the time looked at.
         rate: rows per second over the last ten seconds or so; None where no worker says.
         lag: what is left to do, in offsets: the sum of the partitions' ``waiting``.
         percent: how much of a session with an end is done, 0 to 100; None for the others.
@@ -202,6 +204,7 @@ class SessionStatus:
     budget: BudgetStatus | None = None
     breakers: Mapping[str, str] = field(default_factory=dict)
     stages: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    latency: Mapping[str, Mapping[str, float | None]] = field(default_factory=dict)
     rate: float | None = None
     lag: int = 0
     percent: float | None = None
@@ -262,6 +265,7 @@ class SessionStatus:
             "budget": None if self.budget is None else self.budget.to_dict(),
             "breakers": dict(self.breakers),
             "stages": {name: dict(counts) for name, counts in self.stages.items()},
+            "latency": {name: dict(quantiles) for name, quantiles in self.latency.items()},
             "oldest_row": None
             if oldest is None
             else {
@@ -578,14 +582,23 @@ def _with_words(status: SessionStatus) -> SessionStatus:
     rates = [worker.rate for worker in status.workers if worker.rate is not None]
     breakers: dict[str, str] = {}
     stages: dict[str, dict[str, float]] = {}
+    timed: dict[str, list[Mapping[str, Any]]] = {}
     for worker in status.workers:
         for name, state in worker.breakers.items():
             breakers[name] = max(state, breakers.get(name, "closed"), key=_severity)
+        for name, sketches in worker.latency.items():
+            timed.setdefault(name, []).extend(sketches)
         for name, counts in worker.stages.items():
             summed = stages.setdefault(name, {})
             for figure, number in counts.items():
                 summed[figure] = summed.get(figure, 0) + number
-    return replace(status, rate=sum(rates) if rates else None, breakers=breakers, stages=stages)
+    latency = {name: _quantiles(sketches) for name, sketches in timed.items()}
+    return replace(status, rate=sum(rates) if rates else None, breakers=breakers, stages=stages, latency=latency)
+
+
+def _quantiles(sketches: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
+    sketch = Sketch.of_all(sketches)
+    return {name: sketch.quantile(fraction) for name, fraction in (("p50", 0.5), ("p95", 0.95), ("p99", 0.99))}
 
 
 _SEVERITY = ("closed", "half_open", "open")

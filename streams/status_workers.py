@@ -30,11 +30,23 @@ class WorkerWord:
 
     Attributes:
         newest: its newest progress.
+        told: all of them in the time looked at.
         rate: rows per second between its first progress in the time looked at and the newest; None for a single one.
     """
 
     newest: EventRecord
     rate: float | None
+    told: Sequence[EventRecord] = ()
+
+    def latency(self) -> dict[str, list[Mapping[str, Any]]]:
+        """How long calls took, by stage: sketches to be added up."""
+        found: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
+        for event in self.told:
+            stages = event.data.get("latency")
+            for stage, sketch in stages.items() if isinstance(stages, dict) else ():
+                if isinstance(sketch, dict):
+                    found[str(stage)].append(sketch)
+        return found
 
     @property
     def partitions(self) -> frozenset[TopicPartition]:
@@ -76,6 +88,7 @@ class WorkerStatus:
         commit_seconds: how long its last commit took.
         breakers: states by resource.
         stages: counts by stage.
+        latency: how long calls took lately, by stage: sketches to be added up.
         said: what it says of its partitions.
     """
 
@@ -94,6 +107,7 @@ class WorkerStatus:
     commit_seconds: float | None = None
     breakers: Mapping[str, str] = field(default_factory=dict)
     stages: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    latency: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
     said: Mapping[TopicPartition, Mapping[str, Any]] = field(default_factory=dict)
 
     def said_of(self, tp: TopicPartition) -> Mapping[str, Any]:
@@ -138,7 +152,7 @@ def words_of(events: Iterable[EventRecord]) -> dict[str, list[WorkerWord]]:
     words: dict[str, list[WorkerWord]] = defaultdict(list)
     for (group, worker), told in progress.items():
         if (group, worker) not in gone and told[-1].data.get("state") != "stopped":
-            words[group].append(WorkerWord(told[-1], _rate(told)))
+            words[group].append(WorkerWord(told[-1], _rate(told), told))
     return words
 
 
@@ -242,6 +256,7 @@ def _worker(member: MemberInfo | None, word: WorkerWord | None, now_ms: int, *, 
         commit_seconds=data.get("commit_seconds") if isinstance(data.get("commit_seconds"), (int, float)) else None,
         breakers=_texts(data.get("breakers")),
         stages=_figures(data.get("stages")),
+        latency=word.latency(),
         said=word.said(),
     )
 

@@ -25,6 +25,7 @@ from ..state.clock import Clock, SystemClock
 from ..state.context import ExecutionContext, sum_costs
 from ..state.execution import Wanted
 from ..state.model import Record, TopicPartition
+from ..state.sketch import Sketch
 from ..state.store import StoreError, Stores
 from .brokers.base import AssignmentListener, Broker, Member, Moment
 from .catalog import Catalog
@@ -376,8 +377,12 @@ class Worker(AssignmentListener):
         context.worker_name = self.name
         return context
 
-    def snapshot(self) -> WorkerSnapshot:
-        """How the worker and its partitions stand now."""
+    def progress(self) -> WorkerSnapshot:
+        """As :meth:`snapshot`, with the times of calls since the last time that this was asked for."""
+        return self.snapshot(self._runtime.new_latency())
+
+    def snapshot(self, latency: Mapping[str, Sketch] | None = None) -> WorkerSnapshot:
+        """How the worker and its partitions stand now, with the times of calls of the last half minute."""
         partitions = tuple(self._partition_snapshot(tp) for tp in sorted(self._owners))
         return WorkerSnapshot(
             worker=self.name,
@@ -392,6 +397,7 @@ class Worker(AssignmentListener):
             stages={name: counts.to_dict() for name, counts in self._runtime.stage_counts.items()},
             breakers={name: breaker.state for name, breaker in self._runtime.breakers.items()},
             budget=self._facilities.budget,
+            latency=self._runtime.latency() if latency is None else latency,
             events_dropped=self._steering.events_dropped if self._steering is not None else 0,
             observer_errors=sum(self._audience.dispatcher.errors.values()) if self._audience is not None else 0,
         )
@@ -431,7 +437,7 @@ class Worker(AssignmentListener):
             about=partial(about, self),
             describe=partial(describe, self, state_folder(self.options, self._broker)),
             obey=self._obey,
-            snapshot=self.snapshot,
+            snapshot=self.progress,
             runtime=self._runtime,
             clock=self._clock,
             timeout=self.options.broker_timeout,
@@ -849,7 +855,8 @@ class Worker(AssignmentListener):
         try:
             got = await member.fetch(wanted, self.options.fetch_rows, _FETCH_SECONDS)
         except OffsetOutOfRangeError as error:
-            self._fail(error)
+            way = self.session.way_to_move(error.tp, "--to-earliest")
+            self._fail(OffsetOutOfRangeError(error.tp, error.offset, f"{error.remedy}: {way}"))
             return
         except BrokerError as error:
             log.warning("%s", error)

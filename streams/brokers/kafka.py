@@ -131,7 +131,7 @@ def _translated(what: str) -> Iterator[None]:
     except _FENCED as error:
         raise FencedError(f"{what}: another worker has taken over ({type(error).__name__})") from error
     except _REFUSED as error:
-        raise TopicError(f"{what}: not allowed ({error}); grant the ACLs that README lists") from error
+        raise TopicError(f"{what}: not allowed ({error}); grant the ACLs that docs/operations.md lists") from error
     except kafka_errors.MessageSizeTooLargeError as error:
         raise TopicError(f"{what}: a record exceeds the topic's max.message.bytes ({error})") from error
     except (kafka_errors.InvalidTimestampError, kafka_errors.RecordListTooLargeError) as error:

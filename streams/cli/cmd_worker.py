@@ -94,6 +94,14 @@ def add_parser(commands: Commands) -> None:
         default=DEFAULTS.threads,
         help="blocking handlers that run at once (default: %(default)s)",
     )
+    parser.add_argument(
+        "--max-in-flight",
+        metavar="N",
+        type=whole_number(1),
+        default=DEFAULTS.max_in_flight,
+        help="rows in work at once, those that wait for the row before them in their key included "
+        "(default: %(default)s)",
+    )
 
 
 def main(args: argparse.Namespace) -> int:
@@ -122,6 +130,7 @@ def _options(args: argparse.Namespace) -> WorkerOptions:
         drain_timeout=args.drain_timeout,
         stall_timeout=args.stall_timeout,
         threads=args.threads,
+        max_in_flight=args.max_in_flight,
         guarantee=args.guarantee.replace("-", "_"),
         state_dir=args.state_dir,
         max_deaths=args.max_deaths,

@@ -27,7 +27,7 @@ async def strikes(run: Run) -> None:
 async def deadly_rows(run: Run) -> None:
     """Some rows kill whoever runs them, until they are dead letters; the others must not suffer for it."""
     letters = f"{run.name}.dlq"
-    give_up = time.monotonic() + 25 * run.scenario.deadly
+    give_up = time.monotonic() + 60 * run.scenario.deadly
     while time.monotonic() < give_up:
         buried = sum(
             b'"deadly"' in (record.value or b"")

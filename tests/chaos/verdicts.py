@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -438,7 +439,7 @@ def it_recovers(evidence: Evidence) -> Verdict:
     times = recoveries(evidence.faults, evidence.watch.progress, totals)
     longest = standstill(evidence.faults, evidence.watch.progress, totals)
     stops = [p.ended - p.told_to_stop for p in evidence.processes if p.told_to_stop and p.ended and not p.killed_by_us]
-    forced = [p for p in evidence.processes if p.told_to_stop and p.killed_by_us]
+    forced = overdue(evidence.processes)
     bad = [p for p in evidence.processes if p.told_to_stop and not p.ended_well]
     gave_up = [process for process in evidence.processes if process.gave_up]
     figures = f"recovery at most {max(times, default=0):.1f} s, stop at most {max(stops, default=0):.1f} s, longest "
@@ -450,6 +451,13 @@ def it_recovers(evidence: Evidence) -> Verdict:
         problems += [f"worker {p.number}: {p.last_words()[:200]}" for p in gave_up[:2]]
     slow = max([longest, *times], default=0.0) > RECOVERY_SECONDS
     return Verdict(not problems and not slow, "; ".join([figures, *problems]))
+
+
+def overdue(processes: Sequence[Process]) -> list[Process]:
+    """Those that had to be killed because they did not stop in time; the storm also kills some on their way out."""
+    now = time.monotonic()
+    killed = [(p, p.told_to_stop) for p in processes if p.killed_by_us]
+    return [p for p, told in killed if told is not None and (p.ended or now) - told >= STOP_SECONDS]
 
 
 def row_counts(watch: Watch) -> list[int]:

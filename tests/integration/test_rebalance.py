@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from rowmill import Pipeline, Worker, WorkerOptions, open_broker, publish, read
 from rowmill.state.model import TopicPartition
+from rowmill.streams.brokers.base import TopicSpec
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -121,3 +122,47 @@ async def test_a_zombie_writes_nothing(kafka: str, name: str, tmp_path: Path) ->
         if message.key == b"counts/rows":
             counts[TopicPartition(message.topic, message.partition)] = int(message.value or 0)
     assert sum(counts.values()) == 30
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(240)
+async def test_many_partitions(kafka: str, name: str, tmp_path: Path) -> None:
+    """A worker takes 48 partitions with tables, shares them with another one, and gets them back."""
+    url, many, batch = f"kafka://{kafka}", 48, 960
+    pipeline = Pipeline(name, sink=f"{name}.out").table("counts")
+
+    @pipeline.stage
+    async def count(row: dict[str, Any], ctx: Any) -> dict[str, Any]:
+        ctx.table("counts").add("rows")
+        return row
+
+    broker = open_broker(url, environment={})
+    await broker.start()
+    await broker.create_topics([TopicSpec(name, many)])
+    await broker.close()
+
+    async def feed(turn: int) -> None:
+        numbers = range(turn * batch, (turn + 1) * batch)
+        await asyncio.to_thread(publish, name, [{"n": n, "k": f"k{n}"} for n in numbers], broker=url, key="k")
+
+    def are_open(worker: Worker, count: int) -> bool:
+        return len(worker._tasks) == count and all(task.running for task in worker._tasks.values())
+
+    async with hired(url, pipeline, tmp_path) as first:
+        await until(lambda: are_open(first, many), 60)
+        await feed(0)
+        async with hired(url, pipeline, tmp_path) as second:
+            await until(lambda: are_open(first, many // 2) and are_open(second, many // 2), 60)
+            await feed(1)
+            await until(lambda: first.stats.rows + second.stats.rows == 2 * batch, 60)
+        await until(lambda: are_open(first, many), 60)
+        await feed(2)
+        await until(lambda: first.stats.rows + second.stats.rows == 3 * batch, 60)
+    found = await asyncio.to_thread(lambda: [message.row["n"] for message in read(f"{name}.out", broker=url)])
+    assert sorted(found) == list(range(3 * batch))
+    counts = {
+        message.partition: int(message.value or 0)
+        for message in await asyncio.to_thread(lambda: list(read(f"rowmill.{name}.{name}.changelog", broker=url)))
+        if message.key == b"counts/rows"
+    }
+    assert (len(counts), sum(counts.values())) == (many, 3 * batch)

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from rowmill import Pipeline, Session
 from rowmill.state.model import TopicPartition
+from rowmill.state.sketch import Sketch
 from rowmill.streams.snapshots import PartitionSnapshot, WorkerSnapshot
 
 
@@ -39,8 +40,10 @@ class ObservedWorker:
                           oldest_seconds=1.5, counts={"rows": 100, "results": 90, "dead_letters": 3}),
                 partition(1, "opening"),
             ),
-            stages={"score": {"calls": 30, "retries": 2, "timeouts": 1, "failures": 1, "defaulted": 1, "refused": 0,
-                              "passed_by": 4, "hits": 10, "seconds": 3.5}},
+            stages={"score": {"rows": 34, "out": 33, "dropped": 0, "failed": 1, "calls": 30, "retries": 2,
+                              "timeouts": 1, "failures": 1, "defaulted": 1, "refused": 0, "passed_by": 4, "hits": 10,
+                              "seconds": 3.5}},
+            latency={"score": Sketch.of({"bins": {"-57": 20, "0": 10}, "zero": 0})},
             breakers={"api": "half_open"},
             budget={"limit": "10", "spent": "2.5", "reserved": "0.5"},
             events_dropped=11,

@@ -38,6 +38,9 @@ def virtual_runtime(seed: int = 0) -> Runtime:
     return Runtime(cast(BlockingPool, SimPool(loop, chance, 0.0)), SimClock(loop, chance))
 
 
+_ROWS = {"rows", "out", "dropped", "failed", "seconds"}
+
+
 @dataclass
 class Passage:
     """What became of rows that went through a flow.
@@ -63,10 +66,17 @@ class Passage:
     runtime: Runtime | None = None
 
     def counts(self, stage: str) -> dict[str, Any]:
-        """A stage's counts that are not 0."""
+        """A stage's counts that are not 0, but for those of rows."""
+        return {name: count for name, count in self._all_counts(stage).items() if count and name not in _ROWS}
+
+    def row_counts(self, stage: str) -> tuple[int, int, int, int]:
+        """Rows that went into a stage, came out of it, were dropped there, and failed there."""
+        counts = self._all_counts(stage)
+        return counts["rows"], counts["out"], counts["dropped"], counts["failed"]
+
+    def _all_counts(self, stage: str) -> dict[str, Any]:
         assert self.runtime is not None
-        counts = self.runtime.stage_counts[stage].to_dict()
-        return {name: count for name, count in counts.items() if count and name != "seconds"}
+        return self.runtime.stage_counts[stage].to_dict()
 
 
 def passage(

@@ -24,8 +24,9 @@ from rowmill.handlers.observers import (
     RowFailure,
     checked_observer,
 )
-from rowmill.handlers.runtime import Event, StageCounts
+from rowmill.handlers.runtime import Event
 from rowmill.handlers.stage import Stage, make_stage
+from rowmill.handlers.stage_counts import StageCounts
 from rowmill.state.codec import dumps, loads
 from rowmill.state.context import ExecutionContext, ProgressObserver
 from rowmill.state.errors import ConfigError, RowmillError

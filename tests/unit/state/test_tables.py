@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from rowmill.state.errors import BadRowError, ConfigError
 from rowmill.state.memory import MemoryStore
 from rowmill.state.model import StoredRecord
 from rowmill.state.store import StoreError
-from rowmill.state.table import RowTables, TableSpec, stamp
+from rowmill.state.table import RowTables, TableSpec, restamp, stamp
 from rowmill.state.tables import Layer, PartitionTables, TableUpdateError
 
 NOW = 1_750_000_000_000
@@ -123,7 +124,9 @@ def test_an_update_follows_the_rows_own_puts(bench: Bench) -> None:
     assert "k" not in bench.row().table("counts")
 
 
-@pytest.mark.parametrize("function", [lambda _: 1 / 0, lambda _: object(), lambda _: "x" * 1_000_000])
+@pytest.mark.parametrize(
+    "function", [lambda _: 1 / 0, lambda _: object(), lambda _: "x" * 1_000_000, lambda _: float("inf")]
+)
 def test_an_update_that_fails(bench: Bench, function: Any) -> None:
     """An update that raises, or gives what is no value, fails its row: nothing else of the row counts either."""
     row = bench.row()
@@ -262,6 +265,34 @@ def test_scans_keep_tables_apart(bench: Bench) -> None:
     assert table.scan("b/") == [(key, key) for key in ("b/0", "b/1", "b/2", "b/3")]
     assert table.scan("b/", limit=2) == [("b/0", "b/0"), ("b/1", "b/1")]
     assert len(table.scan()) == 5
+    assert table.scan(limit=0) == []
+
+
+def test_a_scan_with_a_limit_reads_no_more() -> None:
+    """The first entries of a large table, what is pending and taken above it included, cost as much as of a small."""
+    store, read = MemoryStore(), 0
+    store.write([(f"counts/{n:05}".encode(), restamp(b"0", NOW)) for n in range(1_000)])
+    really = store.scan
+
+    def scan(prefix: bytes) -> Iterator[tuple[bytes, bytes]]:
+        nonlocal read
+        for entry in really(prefix):
+            read += 1
+            yield entry
+
+    store.scan = scan  # type: ignore[method-assign]
+    tables = PartitionTables(store, SPECS)
+    tables.changes = {b"counts/00000": None, b"counts/000005": restamp(b"1", NOW)}
+    tables.take()
+    tables.changes = {b"counts/00001": restamp(b"2", NOW), b"counts/000005": None, b"counts/99999": restamp(b"3", NOW)}
+    row = tables.view(tables, NOW)
+    row.table("counts").put("00002", 4)
+    row.table("counts").delete("00003")
+    row.table("counts").put("000035", 5)
+    found = row.table("counts").scan(limit=4)
+    assert found == [("00001", 2), ("00002", 4), ("000035", 5), ("00004", 0)]
+    assert read < 20
+    assert len(row.table("counts").scan()) == len(list(row.table("counts"))) == 1_000
 
 
 def test_entries_expire(bench: Bench) -> None:
@@ -325,6 +356,7 @@ def test_a_bounded_number_is_swept_at_once(bench: Bench) -> None:
     ("call", "says"),
     [
         (lambda table: table.put("k", None), "delete"),
+        (lambda table: table.put("k", float("nan")), "JSON has no NaN"),
         (lambda table: table.put("", 1), "bytes of text"),
         (lambda table: table.put("k" * 2_000, 1), "bytes of text"),
         (lambda table: table.put(1, 1), "text"),

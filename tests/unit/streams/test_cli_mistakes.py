@@ -7,7 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from rowmill.streams.cli.main import main
+from rowmill.streams.cli.cmd_worker import _options
+from rowmill.streams.cli.main import build_parser, main
 
 MISTAKES = [
     # words, what the message must name, what the remedy must say
@@ -45,6 +46,7 @@ MISTAKES = [
     ("run reviews.py --broker redis://x", "broker", "local://DIR or kafka://"),
     ("run reviews.py --broker kafka://x", "host:port", "kafka://host:port"),
     ("worker reviews.py --stall-timeout 0", "--stall-timeout", "seconds above 0"),
+    ("worker reviews.py --max-in-flight 0", "--max-in-flight", "whole number"),
     ("worker reviews.py --session a.b", "session", "no dots"),
     ("publish bad!topic reviews.csv", "TOPIC", "use 1 to 249"),
     ("publish rowmill.x reviews.csv", "TOPIC", "rowmill's own"),
@@ -136,3 +138,11 @@ def test_the_clients_own_noise_is_kept_back(capsys: pytest.CaptureFixture[str]) 
     main(["-vv", "topics"])
     assert logging.getLogger("aiokafka").level == logging.INFO
     main(["topics"])
+
+
+def test_what_a_worker_is_told_reaches_it() -> None:
+    """Options that only show under load."""
+    words = "worker reviews.py --max-in-flight 7 --threads 3 --max-deaths 0 --guarantee at-least-once"
+    options = _options(build_parser().parse_args(words.split()))
+    told = (options.max_in_flight, options.threads, options.max_deaths, options.guarantee)
+    assert told == (7, 3, 0, "at_least_once")

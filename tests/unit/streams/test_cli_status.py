@@ -72,7 +72,11 @@ BUSY = status(
     tokens=90_000,
     budget=BudgetStatus(limit=Decimal(50), spent=Decimal("12.345678"), held=Decimal("0.5")),
     breakers={"openai": "open", "store": "closed"},
-    stages={"score": {"calls": 1_300, "retries": 12, "timeouts": 1, "failures": 34, "hits": 0, "seconds": 650.0}},
+    stages={
+        "score": {"rows": 1_290, "out": 1_256, "failed": 34, "calls": 1_300, "retries": 12, "timeouts": 1, "hits": 0},
+        "tidy": {"rows": 1_300, "out": 1_290, "calls": 1_300},
+    },
+    latency={"score": {"p50": 0.047, "p95": 1.2, "p99": 2.0}, "tidy": {"p50": 1.3e-6, "p95": None}},
     workers=(
         WorkerStatus(
             name="a1b2c3d4", member="aiokafka-1", host="box", pid=4711, phase="running", seen_seconds=0.4,
@@ -154,8 +158,9 @@ def test_one_session_at_80_columns() -> None:
         "0          1,001,200  1,013,540  12,340       64  a1b2c3d4  running",
         "1                  -          0       -        -  -         -",
         "",
-        "stage  calls  retries  time-outs  failures  cached    mean",
-        "score  1,300       12          1        34       0  0.50 s",
+        "stage   rows    out  failed  calls  retries  time-outs  cached      p50    p95",
+        "score  1,290  1,256      34  1,300       12          1       0  47.0 ms  1.2 s",
+        "tidy   1,300  1,290       -  1,300        -          -       -   1.3 µs      -",
         "",
         "next:",
         "  rowmill pause reviews --broker kafka://broker:9092",
@@ -303,7 +308,10 @@ def test_json_is_stable() -> None:
         "rows_per_second": 1203.4, "lag": 12340, "percent": None, "total_rows": None, "seconds_left": 10.25,
         "cost": "12.5", "tokens": 90000, "budget": {"limit": "50", "spent": "12.345678", "held": "0.5"},
         "breakers": {"openai": "open", "store": "closed"},
-        "stages": {"score": {"calls": 1300, "retries": 12, "timeouts": 1, "failures": 34, "hits": 0, "seconds": 650.0}},
+        "stages": {"score": {"rows": 1290, "out": 1256, "failed": 34, "calls": 1300, "retries": 12, "timeouts": 1,
+                             "hits": 0},
+                   "tidy": {"rows": 1300, "out": 1290, "calls": 1300}},
+        "latency": {"score": {"p50": 0.047, "p95": 1.2, "p99": 2.0}, "tidy": {"p50": 1.3e-6, "p95": None}},
         "oldest_row": {"topic": "reviews", "partition": 0, "offset": 1001200, "seconds": 12.34},
         "problem": None,
     }  # fmt: skip

@@ -11,7 +11,7 @@ import pytest
 from prometheus_client import REGISTRY
 from prometheus_client.parser import text_string_to_metric_families
 from rowmill.handlers import breaker
-from rowmill.handlers.runtime import StageCounts
+from rowmill.handlers.stage_counts import StageCounts
 from rowmill.streams import metrics, snapshots
 from rowmill.streams.metrics import INFO, METRICS, MetricsPage
 from support.observed import ObservedWorker
@@ -67,6 +67,12 @@ def words(literal: object) -> tuple[str, ...]:
         ("rowmill_partition_rows_total", {"topic": "reviews", "partition": "0"}, 100),
         ("rowmill_partition_results_total", {"topic": "reviews", "partition": "0"}, 90),
         ("rowmill_partition_dead_letters_total", {"topic": "reviews", "partition": "0"}, 3),
+        ("rowmill_stage_rows_total", {"stage": "score"}, 34),
+        ("rowmill_stage_out_rows_total", {"stage": "score"}, 33),
+        ("rowmill_stage_dropped_rows_total", {"stage": "score"}, 0),
+        ("rowmill_stage_failed_rows_total", {"stage": "score"}, 1),
+        ("rowmill_stage_call_seconds", {"stage": "score", "quantile": "0.5"}, pytest.approx(0.1, rel=0.03)),
+        ("rowmill_stage_call_seconds", {"stage": "score", "quantile": "0.99"}, pytest.approx(1.0, rel=0.03)),
         ("rowmill_stage_calls_total", {"stage": "score"}, 30),
         ("rowmill_stage_seconds_total", {"stage": "score"}, 3.5),
         ("rowmill_stage_retries_total", {"stage": "score"}, 2),

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from decimal import Decimal
 from functools import partial
 from typing import Any
@@ -14,8 +15,9 @@ from rowmill import CheckpointError, Pipeline, StalledError, Worker
 from rowmill.state.checkpoint import CHECKPOINT_KEY, CheckpointRecord
 from rowmill.state.codec import dumps, loads
 from rowmill.state.memory import MemoryStore, MemoryStores
-from rowmill.state.model import Committed, TopicPartition
-from rowmill.state.store import Store, StoreError
+from rowmill.state.model import Committed, Outgoing, TopicPartition
+from rowmill.state.store import Change, Store, StoreError
+from rowmill.state.table import restamp
 from rowmill.state.tables import PartitionTables
 from rowmill.streams.options import WorkerOptions
 from rowmill.streams.transaction import CheckpointMovedError
@@ -130,17 +132,110 @@ async def test_at_least_once_begins_again_after_a_failed_first_commit(bench: Ben
     assert bench.broker.group_offsets[GROUP][bench.tp] == Committed(1)
 
 
-async def test_a_changelog_made_anew(bench: Bench) -> None:
+@pytest.mark.parametrize("guarantee", ["exactly_once", "at_least_once"])
+async def test_a_changelog_made_anew(bench: Bench, guarantee: str) -> None:
     """Tables of a former changelog are not taken for warm, though the new one is longer than their position."""
     other = MemoryStores()
-    await bench.life(keep, *({"n": n, "k": f"old{n}"} for n in range(3)), stores=other)
+    await bench.life(keep, *({"n": n, "k": f"old{n}"} for n in range(3)), stores=other, guarantee=guarantee)
     await bench.broker.delete_topics([CHANGELOG.topic])
     await bench.broker.delete_groups([GROUP])
     bench.broker.make("in")
     for n in range(5):
         await bench.life(keep, {"n": n, "k": f"new{n}"})
-    (result,) = await bench.life(keep, {"n": 9, "k": "last"}, stores=other)
+    (result,) = await bench.life(keep, {"n": 9, "k": "last"}, stores=other, guarantee=guarantee)
     assert result["all"] == ["last", "new0", "new1", "new2", "new3", "new4"]
+
+
+@pytest.mark.parametrize("guarantee", ["exactly_once", "at_least_once"])
+async def test_begun_anew(bench: Bench, guarantee: str) -> None:
+    """Who deletes the group and the changelog, as errors tell to, begins anew, whatever lies on this disk."""
+    await bench.life(keep, {"n": 0, "k": "a"}, guarantee=guarantee)
+    await bench.broker.delete_topics([CHANGELOG.topic])
+    await bench.broker.delete_groups([GROUP])
+    bench.put({"n": 1, "k": "b"})
+    async with bench.running(keep, guarantee=guarantee):
+        await until(lambda: len(bench.found()) == 3)
+    assert [row["all"] for row in bench.found()[1:]] == [["a"], ["a", "b"]]
+
+
+async def test_tables_whose_place_nobody_knows(bench: Bench) -> None:
+    """A store with content and without a position, as a commit without an answer left it, is restored in full."""
+    await bench.life(keep, {"n": 0, "k": "a"})
+    tables = PartitionTables(bench.stores.open(GROUP, bench.tp), {})
+    tables._store.write([(b"\x00position", None), (b"t/ghost", restamp(b"1", 0))])
+    tables.close()
+    (result,) = await bench.life(keep, {"n": 1, "k": "b"})
+    assert result["all"] == ["a", "b"]
+
+
+class CutOff(MemoryStores):
+    """Stores that count the entries they are given, and fail once, amid them."""
+
+    def __init__(self, after: int, then: Callable[[], None]) -> None:
+        super().__init__()
+        self.entries = 0
+        self._after = after
+        self._then: Callable[[], None] | None = then
+
+    def open(self, group: str, tp: TopicPartition) -> Store:
+        store = super().open(group, tp)
+        write = store.write
+
+        def count(changes: Iterable[Change]) -> None:
+            changes = list(changes)
+            if self._then is not None and self.entries > self._after:
+                then, self._then = self._then, None
+                then()
+                raise StoreError("No space left on device", damaged=False)
+            self.entries += sum(key.startswith(b"t/") for key, _ in changes)
+            write(changes)
+
+        store.write = count  # type: ignore[method-assign]
+        return store
+
+
+@pytest.mark.parametrize("anew", [False, True])
+async def test_a_restore_goes_on(bench: Bench, anew: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a long restore brought before it was cut off is not brought again, unless the changelog is another by then.
+
+    The changelog is compacted: there is one checkpoint in it, at its end.
+    """
+    monkeypatch.setattr("rowmill.streams.partition_state._LONG_RESTORE_SECONDS", -1.0)
+    count = 25_000
+    await bench.life(keep, {"n": 0, "k": "a"})
+    log, record = bench.broker.log(CHANGELOG), bench.record()
+    log.records = []
+    log.append(CHANGELOG, [Outgoing(f"t/{n:05}".encode(), b"1", 0) for n in range(count)])
+    log.append(CHANGELOG, [Outgoing(CHECKPOINT_KEY, record.encode(), 0)])
+
+    def make_another() -> None:
+        if anew:
+            log.records.pop()
+            log.append(CHANGELOG, [Outgoing(CHECKPOINT_KEY, replace(record, generation="another").encode(), 0)])
+
+    stores = CutOff(12_000, make_another)
+    (result,) = await bench.life(keep, {"n": 1, "k": "b"}, stores=stores)
+    assert len(result["all"]) == count + 1
+    assert (stores.entries > count + 10_000) is anew
+
+
+async def test_a_restore_that_takes_long_is_shown(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Without -v, since rows wait for it: how far it is, and when it is done."""
+    await bench.life(keep, {"n": 0, "k": "a"})
+    record, log = bench.record(), bench.broker.log(CHANGELOG)
+    log.records = []
+    log.append(CHANGELOG, [Outgoing(f"t/{n:05}".encode(), b"1", 0) for n in range(24_999)])
+    log.append(CHANGELOG, [Outgoing(CHECKPOINT_KEY, record.encode(), 0)])
+    monkeypatch.setattr("rowmill.streams.restore._TELL_SECONDS", -1.0)
+    await bench.life(keep, {"n": 1, "k": "b"}, stores=MemoryStores())
+    told = [message for message in caplog.messages if "restored" in message]
+    assert [f"restored: {part}" in line for part, line in zip(("40 %", "80 %", "100 %"), told, strict=False)] == [
+        True
+    ] * 3
+    assert "tables restored: 25000 records" in told[-1]
+    assert all(r.levelname == "WARNING" for r in caplog.records if "restored" in r.message)
 
 
 async def test_a_changelog_that_was_deleted(bench: Bench) -> None:
@@ -334,10 +429,6 @@ async def test_the_record_of_another_is_not_ours(bench: Bench) -> None:
 
 
 def _record_of_another(record: CheckpointRecord) -> Any:
-    from dataclasses import replace
-
-    from rowmill.state.model import Outgoing
-
     return Outgoing(CHECKPOINT_KEY, replace(record, offset=1, owner="somebody else").encode(), 0)
 
 

@@ -197,11 +197,17 @@ async def test_a_log_that_lost_its_beginning() -> None:
     assert (move.before, move.to, move.run_again, move.skipped) == (1, 4, 0, 0)
 
 
-async def test_a_map_that_cannot_be_read() -> None:
-    """It is what a replay can mend: the plan says so, and the move discards it."""
+@pytest.mark.parametrize("state", ["keep", "rebuild"])
+async def test_a_map_that_cannot_be_read(state: Any) -> None:
+    """It is what a replay can mend: the plan says so, counts what may run again, and the move discards it."""
     broker = broker_with(10, Committed(4, "?"))
-    [move] = await replaying(broker, Target("current")).plan()
+    [move] = await replaying(broker, Target("current"), state=state).plan()
     assert "cannot be read" in move.note
+    assert (move.run_again, move.discarded, move.kept_map) == (6, 6, "")
+    [move] = await replaying(broker, Target("offset", 1), state=state).plan()
+    assert (move.run_again, move.skipped) == (9, 0)
+    [move] = await replaying(broker, Target("offset", 7), state=state).plan()
+    assert (move.run_again, move.skipped) == (3, 3), "at most"
     await replaying(broker, Target("current")).execute()
     assert broker.group_offsets[LIVE.group][T("in", 0)] == Committed(4)
 

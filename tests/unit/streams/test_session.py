@@ -99,3 +99,16 @@ def test_sessions_check_their_names(options: dict[str, Any]) -> None:
     """A session cannot be made with a name that could be taken for another's."""
     with pytest.raises(ConfigError):
         Session(**options)
+
+
+@pytest.mark.parametrize(
+    ("session", "way"),
+    [
+        (Session("p"), "`rowmill replay p --source in --topic in:3 --to-offset 7 --execute`"),
+        (Session("p", "b"), "`rowmill replay p --source in --topic in:3 --to-offset 7 --session b --execute`"),
+        (Session("p", "b", owns_source=True), "as another session"),
+    ],
+)
+def test_way_to_move(session: Session, way: str) -> None:
+    """Errors name a command that can be copied; a session over rows of its own cannot be moved."""
+    assert way in session.way_to_move(TopicPartition("in", 3), "--to-offset 7")

@@ -16,6 +16,7 @@ from rowmill.state.codec import dumps, loads
 from rowmill.state.model import Committed, TopicPartition
 from rowmill.streams.errors import FencedError, OffsetOutOfRangeError, StalledError, TopicError
 from rowmill.streams.options import WorkerOptions
+from rowmill.streams.partition_state import PartitionState
 from rowmill.streams.session import Session
 from rowmill.streams.worker import WorkerStats
 from support.fake_broker import FakeBroker, Step, lost
@@ -225,8 +226,9 @@ async def test_an_offset_that_is_gone(bench: Bench) -> None:
     """A checkpoint below what retention left is an error that names the place, never a silent jump."""
     bench.broker.group_offsets[GROUP] = {bench.tps[1]: Committed(3)}
     bench.broker.truncate(bench.tps[1], 10)
-    with pytest.raises(OffsetOutOfRangeError, match="in/1: offset 3"):
+    with pytest.raises(OffsetOutOfRangeError, match="in/1: offset 3") as told:
         await bench.finish()
+    assert "`rowmill replay p --source in --topic in:1 --to-earliest --execute`" in str(told.value)
 
 
 # --- stopping --------------------------------------------------------------------------------------------------
@@ -321,6 +323,32 @@ async def test_back_pressure(bench: Bench) -> None:
     bench.exact()
 
 
+async def test_rows_are_begun_only_while_the_map_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where many rows come together, with far gaps between them, as in a compacted topic."""
+    few, span = 10, 100
+    monkeypatch.setattr("rowmill.streams.offsets.IN_FLIGHT_LIMIT", few)
+    monkeypatch.setattr("rowmill.streams.offsets.SPAN_LIMIT", span)
+    bench = Bench(rows=0)
+    tp = bench.tps[0]
+    for n in range(80):
+        if n >= 50:
+            bench.broker.skip_offsets(tp, span)
+        bench.broker.write(tp, dumps({"n": n}))
+    gate = asyncio.Event()
+
+    async def slow(row: dict[str, Any]) -> Any:
+        await gate.wait()
+        return row
+
+    async with bench.running(pipeline_of(slow, ordering="none"), fetch_rows=100) as worker:
+        await until(lambda: worker._in_flight.rows >= 50)
+        await asyncio.sleep(0.05)
+        assert worker._in_flight.rows == 50, "those within the span, and not one beyond it"
+        gate.set()
+        await until(lambda: worker.has_committed({tp: bench.broker.log(tp).high_watermark}))
+    assert sorted(bench.found()) == list(range(80))
+
+
 async def test_one_slow_partition(bench: Bench) -> None:
     """A partition whose row hangs does not hold up the others."""
     gate = asyncio.Event()
@@ -364,6 +392,22 @@ async def test_two_workers_share(bench: Bench) -> None:
     bench.exact()
     assert sum(s.rows for s in stats) == 150
     assert all(s.rows for s in stats)
+
+
+async def test_partitions_are_opened_side_by_side(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each waits for its own restore, none for another's: all of them are being opened before the first one is."""
+    bench = Bench(rows=0, partitions=24)
+    opening: set[TopicPartition] = set()
+    really = PartitionState.open
+
+    async def open_with_all_others(state: PartitionState, committed: Committed | None) -> None:
+        opening.add(state._tp)
+        await until(lambda: len(opening) == 24)
+        await really(state, committed)
+
+    monkeypatch.setattr(PartitionState, "open", open_with_all_others)
+    async with bench.running() as worker:
+        await until(lambda: len(worker._tasks) == 24)
 
 
 async def test_the_other_worker_leaves(bench: Bench) -> None:
