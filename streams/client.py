@@ -318,6 +318,8 @@ def read(
     Yields:
         Messages; in order within each partition. ``pd.DataFrame(m.row for m in read(topic))`` makes a frame.
     """
+    if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 0):
+        raise ConfigError("limit", limit, "give a whole number from 0, or None for no limit")
     with LoopThread() as loop:
         connected = open_broker(broker)
         loop.submit(connected.start).result()

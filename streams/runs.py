@@ -36,7 +36,7 @@ from .options import WorkerOptions, state_folder
 from .partitioning import partition_for
 from .progress import progress_bar
 from .results import CostEstimate, ErrorInfo, ExecutionResult, ProcessingStats
-from .session import INPUT_ERROR_HEADER, INPUT_ROW_HEADER, SOURCE_HEADER, Session, check_new_session
+from .session import INPUT_ERROR_HEADER, INPUT_ROW_HEADER, SOURCE_HEADER, Session, check_own_session
 from .session_traces import remove_owned
 from .tracing import publishing, system_of
 from .worker import Worker, WorkerStats
@@ -701,7 +701,7 @@ class _Call:
     ) -> None:
         pipeline.chain()
         if session is not None:
-            check_new_session("session", session)
+            check_own_session("session", session)
         clock = SystemClock()
         self._pipeline = pipeline
         self._rows = rows

@@ -47,6 +47,17 @@ def check_new_session(setting: str, name: str) -> str:
     return name
 
 
+def check_own_session(setting: str, name: str) -> str:
+    """The name of a session that owns its topics: the live one's are everybody's.
+
+    Raises:
+        ConfigError: it is no name for a new session, or the live one's.
+    """
+    if name == LIVE:
+        raise ConfigError(setting, name, "this is the session that reads the source topic; choose another name")
+    return check_new_session(setting, name)
+
+
 def check_topic(setting: str, name: str) -> str:
     """A topic's name, by Kafka's rule.
 

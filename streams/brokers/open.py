@@ -38,6 +38,8 @@ def open_broker(
         ConfigError: the URL or one of its settings is wrong.
     """
     environment = os.environ if environment is None else environment
+    if url is not None and not isinstance(url, str):
+        raise ConfigError("broker", url, _FORMS)
     url = broker_url(url, environment)
     clock = clock or SystemClock()
     scheme, separator, rest = url.partition("://")

@@ -131,12 +131,10 @@ def main(args: argparse.Namespace) -> int:
 
 def _check_options(args: argparse.Namespace) -> None:
     from ..outputs import check_output
-    from ..session import LIVE, check_new_session
+    from ..session import check_new_session, check_own_session
 
     if args.session is not None:
-        check_new_session("--session", args.session)
-    if args.input is not None and args.session == LIVE:
-        raise ConfigError("--session", LIVE, "this is the session that reads the source topic; choose another name")
+        (check_new_session if args.input is None else check_own_session)("--session", args.session)
     if args.key is not None and args.input is None:
         raise ConfigError("--key", args.key, "it names a column of a file; give --input as well")
     if args.output is None:

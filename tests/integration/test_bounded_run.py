@@ -158,6 +158,25 @@ def test_another_input_for_a_session_is_refused(broker_url: str, name: str) -> N
         simple(name).run([{"n": 1}, {"n": 2}], broker=broker_url, session="mine")
 
 
+def test_the_live_session_is_not_for_rows_of_ones_own(tmp_path: Path, name: str) -> None:
+    """The live session's topics are everybody's: rows that are given run under another name, from Python too."""
+    url = f"local://{tmp_path}"
+    publish(name, [{"n": 7}], broker=url)
+    with pytest.raises(ConfigError, match="the session that reads the source topic; choose another name"):
+        simple(name).run([{"n": 1}], broker=url, session="live")
+    assert [message.row for message in read(name, broker=url)] == [{"n": 7}]
+
+
+@pytest.mark.parametrize("limit", [-1, 1.5, True, "2"])
+def test_limits_of_reading(tmp_path: Path, limit: Any) -> None:
+    """What is no number of records is refused, instead of leaving some out; 0 and None are numbers."""
+    url = f"local://{tmp_path}"
+    publish("rows", [{"n": n} for n in range(5)], broker=url)
+    with pytest.raises(ConfigError, match="give a whole number from 0"):
+        list(read("rows", broker=url, limit=limit))
+    assert [len(list(read("rows", broker=url, limit=most))) for most in (0, 3, None)] == [0, 3, 5]
+
+
 def test_unknown_key_column_is_refused(broker_url: str, name: str) -> None:
     """A key that is no column names the columns there are."""
     with pytest.raises(ConfigError, match="no such column; it has n"):

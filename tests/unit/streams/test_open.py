@@ -151,3 +151,10 @@ def test_unreadable_certificates(tmp_path: Path, content: str | None) -> None:
         file.write_text(content)
     with pytest.raises(ConfigError, match=r"ca\.pem"):
         KafkaSecurity(tls=True, ca_file=file).client_options()
+
+
+@pytest.mark.parametrize("url", [7, b"local://x", Path("x")])
+def test_what_is_no_url(url: Any) -> None:
+    """Something else than text is refused with the forms there are."""
+    with pytest.raises(ConfigError, match="write local://DIR or kafka://host:port"):
+        open_broker(url, environment={})
