@@ -131,6 +131,24 @@ class Flow:
             waiting[flight.key] = None
         self._first.enter(flight)
 
+    def enter_all(self, flights: Sequence[Flight]) -> None:
+        """As :meth:`enter`, for rows in their order: by far most are alone with their key, and begin together."""
+        begin = flights
+        if self._by_key:
+            waiting, begin = self._waiting, []
+            for flight in flights:
+                key = flight.key
+                if key is not None:
+                    if key in waiting:
+                        queue = waiting[key]
+                        if queue is None:
+                            queue = waiting[key] = deque()
+                        queue.append(flight)
+                        continue
+                    waiting[key] = None
+                begin.append(flight)
+        self._first.enter_all(begin)
+
     def _done(self, flight: Flight) -> None:
         if self.is_closed:
             return
@@ -326,6 +344,11 @@ class _Segment(ABC):
         self._queue.append(flight)
         self._wake()
 
+    def enter_all(self, flights: Sequence[Flight]) -> None:
+        """As :meth:`enter`, for rows in their order."""
+        for flight in flights:
+            self.enter(flight)
+
     @abstractmethod
     def _wake(self) -> None:
         """Something is in the queue: see that somebody works on it."""
@@ -395,12 +418,12 @@ class Lanes:
         self.are_all_open = False
         """Whether as many lanes are open as there may be: each takes further rows by itself."""
 
-    def wake(self, segment: _Calls) -> None:
-        """A row has come into the segment."""
+    def wake(self, segment: _Calls, rows: int = 1) -> None:
+        """Rows have come into the segment."""
         if not segment.is_in_turn:
             segment.is_in_turn = True
             self._turns.append(segment)
-        if not self.are_all_open:
+        for _ in range(min(rows, self._most - len(self._lanes))):
             self._open()
 
     def leave(self, segment: _Calls) -> list[asyncio.Task[None]]:
@@ -507,6 +530,14 @@ class _Calls(_Segment):
         self.counts = runtime.counts(stage)
         self._runtime = runtime
         self._lanes = runtime.lanes(stage)
+
+    def enter_all(self, flights: Sequence[Flight]) -> None:
+        """As :meth:`enter`: rows that are none, and the end, are for the slow way."""
+        if flights and not self._turns_back and all(flight.value.__class__ is dict for flight in flights):
+            self._queue.extend(flights)
+            self._lanes.wake(self, len(flights))
+        else:
+            super().enter_all(flights)
 
     def _wake(self) -> None:
         if not self.is_in_turn or not self._lanes.are_all_open:
