@@ -23,9 +23,11 @@ from enum import Enum, auto
 from typing import Any, Final, NamedTuple, TypeAlias
 
 from ..state.model import Row
+from .calls import raise_if_ours
+from .capture import CapturedCall
 from .chain import Chain, attempt, bare_attempt, run_lots, run_segment
 from .context import RowContext
-from .outcomes import Failure, Outcome
+from .outcomes import Failure, Outcome, failure_of, odd_result
 from .policed import Pause, Policed, Trial
 from .runtime import Runtime
 from .stage import Stage
@@ -128,6 +130,24 @@ class Flow:
                 return
             waiting[flight.key] = None
         self._first.enter(flight)
+
+    def enter_all(self, flights: Sequence[Flight]) -> None:
+        """As :meth:`enter`, for rows in their order: by far most are alone with their key, and begin together."""
+        begin = flights
+        if self._by_key:
+            waiting, begin = self._waiting, []
+            for flight in flights:
+                key = flight.key
+                if key is not None:
+                    if key in waiting:
+                        queue = waiting[key]
+                        if queue is None:
+                            queue = waiting[key] = deque()
+                        queue.append(flight)
+                        continue
+                    waiting[key] = None
+                begin.append(flight)
+        self._first.enter_all(begin)
 
     def _done(self, flight: Flight) -> None:
         if self.is_closed:
@@ -324,6 +344,11 @@ class _Segment(ABC):
         self._queue.append(flight)
         self._wake()
 
+    def enter_all(self, flights: Sequence[Flight]) -> None:
+        """As :meth:`enter`, for rows in their order."""
+        for flight in flights:
+            self.enter(flight)
+
     @abstractmethod
     def _wake(self) -> None:
         """Something is in the queue: see that somebody works on it."""
@@ -393,12 +418,12 @@ class Lanes:
         self.are_all_open = False
         """Whether as many lanes are open as there may be: each takes further rows by itself."""
 
-    def wake(self, segment: _Calls) -> None:
-        """A row has come into the segment."""
+    def wake(self, segment: _Calls, rows: int = 1) -> None:
+        """Rows have come into the segment."""
         if not segment.is_in_turn:
             segment.is_in_turn = True
             self._turns.append(segment)
-        if not self.are_all_open:
+        for _ in range(min(rows, self._most - len(self._lanes))):
             self._open()
 
     def leave(self, segment: _Calls) -> list[asyncio.Task[None]]:
@@ -426,13 +451,26 @@ class Lanes:
                 turns.pop()
                 segment.is_in_turn = False
                 continue
-            outcome = await segment.attempt(flight)
+            value, call = flight.value, segment.call
+            if call is None or value.__class__ is not dict or segment.counts.rows >= segment.times.due:
+                outcome = await segment.attempt(flight)
+            else:  # what bare_attempt does: a coroutine around the handler's own would cost 0.5 µs a row
+                try:
+                    result = call(value, flight.context) if segment.takes_context else call(value)
+                    if result.__class__ is not dict:
+                        result = await result
+                    outcome = result if result.__class__ is dict else odd_result(segment.stage, result)
+                except asyncio.CancelledError as error:
+                    raise_if_ours()
+                    outcome = failure_of(segment.stage, error)
+                except (Exception, SystemExit) as error:  # noqa: BLE001 - a handler may raise anything
+                    outcome = failure_of(segment.stage, error)  # no fallback: those are policies of async stages
             if segment.flow.is_closed:  # the handler swallowed its cancellation: this task gets no further row
                 return
             if outcome is not _ELSEWHERE:
                 if outcome.__class__ is dict:
                     segment.counts.rows += 1
-                elif flight.value.__class__ is dict:  # the parts of a row that was split were counted one by one
+                elif value.__class__ is dict:  # the parts of a row that was split were counted one by one
                     segment.counts.note(outcome)
                 flight.value = outcome
                 segment.leave(flight)
@@ -483,11 +521,23 @@ class _Calls(_Segment):
         super().__init__(flow, leave)
         self.is_in_turn = False
         """The lanes' own: whether they know that there are rows."""
-        self._stage = stage
+        self.stage = stage
+        self.takes_context = stage.takes_context
+        is_bare = stage.is_async and stage.timeout is None and not stage.is_policed
+        self.call = stage.call if is_bare and not isinstance(stage.call, CapturedCall) else None
+        """What a lane may call and await by itself: an async handler with nothing around it."""
+        self.times = runtime.times(stage)
+        self.counts = runtime.counts(stage)
         self._runtime = runtime
         self._lanes = runtime.lanes(stage)
-        self._times = runtime.times(stage)
-        self.counts = runtime.counts(stage)
+
+    def enter_all(self, flights: Sequence[Flight]) -> None:
+        """As :meth:`enter`: rows that are none, and the end, are for the slow way."""
+        if flights and not self._turns_back and all(flight.value.__class__ is dict for flight in flights):
+            self._queue.extend(flights)
+            self._lanes.wake(self, len(flights))
+        else:
+            super().enter_all(flights)
 
     def _wake(self) -> None:
         if not self.is_in_turn or not self._lanes.are_all_open:
@@ -501,11 +551,11 @@ class _Calls(_Segment):
         """Call the handler for a row."""
         value = flight.value
         if value.__class__ is dict:
-            made, stage = self.counts.rows, self._stage
-            if made >= self._times.due:
-                stage = self._times.stage(stage, made)
+            made, stage = self.counts.rows, self.stage
+            if made >= self.times.due:
+                stage = self.times.stage(stage, made)
             return bare_attempt(stage, value, flight.context, self._runtime)
-        return _attempt_all(self._stage, value, flight.context, self._runtime)
+        return _attempt_all(self.stage, value, flight.context, self._runtime)
 
     def close(self) -> Sequence[asyncio.Task[None]]:
         """Take no further turn."""
@@ -567,7 +617,7 @@ class _PolicedCalls(_Calls):
 
     async def _each(self, flight: Flight) -> None:
         """The parts of a row that was split, one after the other; rare enough for a task of its own."""
-        flight.value = await _attempt_all(self._stage, flight.value, flight.context, self._runtime)
+        flight.value = await _attempt_all(self.stage, flight.value, flight.context, self._runtime)
         self.leave(flight)
 
     def _come_back(self, flight: Flight) -> None:
@@ -576,7 +626,7 @@ class _PolicedCalls(_Calls):
 
     def is_of(self, stage: Stage) -> bool:
         """Whether this is the segment of that one stage."""
-        return stage is self._stage
+        return stage is self.stage
 
     def close(self) -> Sequence[asyncio.Task[None]]:
         """Take no further turn, and give back what rows hold that wait for a lane again."""

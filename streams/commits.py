@@ -113,11 +113,11 @@ class Commits:
         self._pending.bytes += size
         self.schedule()
 
-    def add_flight(self, flight: Flight, size: int) -> None:
-        """A row is done; its effects are worked out with the commit, on a thread."""
+    def add_flights(self, flights: Sequence[Flight], size: int) -> None:
+        """Rows are done; their effects are worked out with the commit, on a thread."""
         pending = self._pending
-        pending.flights.append(flight)
-        pending.rows += 1
+        pending.flights += flights
+        pending.rows += len(flights)
         pending.bytes += size
         if pending.since is None or pending.rows >= self._options.commit_rows:
             self.schedule()

@@ -14,7 +14,7 @@ from __future__ import annotations
 import base64
 import binascii
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from ..state.model import Committed, Record, TopicPartition
@@ -167,6 +167,12 @@ class OffsetTracker:
     def complete(self, offset: int) -> None:
         """This one is complete."""
         self._incomplete.pop(offset, None)
+
+    def complete_all(self, offsets: Iterable[int]) -> None:
+        """These are complete."""
+        forget = self._incomplete.pop
+        for offset in offsets:
+            forget(offset, None)
 
     def pass_over(self, position: int) -> None:
         """The reader stands at ``position`` and gave everything below it: what did not come is not there."""
