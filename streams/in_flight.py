@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Literal
 
 
 class InFlight:
@@ -21,6 +22,12 @@ class InFlight:
     def has_room(self) -> bool:
         """Whether another row may begin."""
         return self.rows < self._max_rows and self.bytes < self._max_bytes
+
+    def full(self) -> Literal["", "rows", "bytes"]:
+        """Which cap is reached; "" if none is."""
+        if self.has_room():
+            return ""
+        return "rows" if self.rows >= self._max_rows else "bytes"
 
     def begin(self, rows: int, size: int) -> None:
         """Rows begin."""

@@ -22,7 +22,7 @@ from contextlib import asynccontextmanager
 from functools import partial
 from itertools import chain, islice, repeat
 from operator import attrgetter
-from typing import Any
+from typing import Any, Literal
 
 from ..handlers.flow import Flight, Flow, OnDone, OnGivenUp
 from ..handlers.outcomes import Failure
@@ -191,8 +191,15 @@ class PartitionTask:
             in_flight=in_work,
             oldest_offset=None if since is None else low,
             oldest_seconds=None if since is None else round(self._clock.monotonic() - since, 3),
+            full=self._full(),
             counts=dict(self._state.counts),
         )
+
+    def _full(self) -> Literal["", "map", "rows", "bytes"]:
+        """What the rows in the inbox wait for, other than their turn."""
+        if not self._inbox or not self._flying_rows:  # without rows in work, the next one may always begin
+            return ""
+        return self._in_flight.full() if self._tracker.has_room(self._inbox[0][0].offset) else "map"
 
     def offer(self, records: Sequence[Record]) -> None:
         """Take records that the reader gave, in order. Those it gave before, ahead of a rebalance, are left out."""

@@ -613,8 +613,11 @@ class Processor:
     def _emit(self, record: Record, emit: Emit, ordinal: int) -> tuple[TopicPartition, Outgoing]:
         if emit.topic.startswith(RESERVED_PREFIX):
             raise TopicError(f"topic {emit.topic!r}: topics that begin with {RESERVED_PREFIX!r} are rowmill's own")
+        topic = self._session.output(emit.topic)
+        if topic == self._session.dead_letters:
+            raise TopicError(f"topic {emit.topic!r} is where dead letters go; to make one of a row, raise an error")
         out = Outgoing(emit.key, encode(self._lightened(emit.row)), record.timestamp, emit.headers)
-        return self._place(self._session.output(emit.topic), record, out, ordinal)
+        return self._place(topic, record, out, ordinal)
 
     def _place(self, topic: str, record: Record, out: Outgoing, ordinal: int) -> tuple[TopicPartition, Outgoing]:
         """Choose the partition and add the headers that tell where a record came from."""

@@ -25,6 +25,8 @@ class PartitionSnapshot:
         in_flight: rows in work.
         oldest_offset: the lowest offset in work; None if there is none.
         oldest_seconds: how long that row has been in work.
+        full: what keeps further rows from beginning, though they are there: ``map`` (the offset map holds no more rows
+            behind the oldest one), ``rows`` or ``bytes`` (the worker has as many in work as it may); "": nothing.
         counts: rows, results, dropped, skipped, defaulted, dead_letters, emitted: exact, since the session's beginning.
     """
 
@@ -36,6 +38,7 @@ class PartitionSnapshot:
     in_flight: int = 0
     oldest_offset: int | None = None
     oldest_seconds: float | None = None
+    full: Literal["", "map", "rows", "bytes"] = ""
     counts: Mapping[str, int]
 
     def to_dict(self) -> dict[str, Any]:

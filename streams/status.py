@@ -104,6 +104,7 @@ class PartitionStatus:
         in_flight: rows in work.
         oldest_offset: the lowest offset in work; None if there is none.
         oldest_seconds: how long that row has been in work.
+        full: what keeps its worker from beginning further rows, as a :class:`PartitionSnapshot` has it.
         rows: what became of its rows.
         committed_ms: when it was committed last; None where nothing was.
     """
@@ -119,6 +120,7 @@ class PartitionStatus:
     in_flight: int = 0
     oldest_offset: int | None = None
     oldest_seconds: float | None = None
+    full: str = ""
     rows: RowCounts = field(default_factory=RowCounts)
     committed_ms: int | None = None
 
@@ -137,6 +139,7 @@ class PartitionStatus:
             "in_flight": self.in_flight,
             "oldest_offset": self.oldest_offset,
             "oldest_seconds": _rounded(self.oldest_seconds),
+            "full": self.full or None,
             "rows": self.rows.to_dict(),
             "committed_at": iso_time(self.committed_ms),
         }
@@ -540,6 +543,7 @@ def _with_partitions(
                 in_flight=int(said.get("in_flight") or 0),
                 oldest_offset=said.get("oldest_offset"),
                 oldest_seconds=said.get("oldest_seconds"),
+                full=str(said.get("full") or ""),
             )
         )
     return replace(status, partitions=tuple(partitions), lag=sum(each.waiting for each in partitions))

@@ -6,6 +6,7 @@ Pure text from :class:`~rowmill.streams.status.SessionStatus`, at a given width 
 from __future__ import annotations
 
 import textwrap
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime
 from typing import NamedTuple
@@ -216,10 +217,25 @@ def _figures(status: SessionStatus) -> list[list[str]]:
             f"{plain(str(oldest.tp))}/{oldest.oldest_offset}" if oldest.oldest_offset is not None else str(oldest.tp)
         )
         lines.append(["oldest in work", f"{where}, for {duration(oldest.oldest_seconds or 0)}"])
+    if full := Counter(each.full for each in status.partitions if each.full):
+        lines.append(["full", ", ".join(_full(bound, count) for bound, count in sorted(full.items()))])
     active = f"last active {_ago(status.active_ms, status.at_ms)} ago" if status.active_ms else ""
     if status.started_ms:
         lines.append(["started", f"{_moment(status.started_ms, status.at_ms)}{active and f', {active}'}"])
     return lines
+
+
+def _full(bound: str, partitions: int) -> str:
+    """``2 partitions begin no rows: the worker has as many in work as it may (--max-in-flight)``."""
+    begin = "begins" if partitions == 1 else "begin"
+    return f"{plural(partitions, 'partition')} {begin} no rows: {_BOUNDS.get(bound, plain(bound))}"
+
+
+_BOUNDS = {
+    "map": "the oldest row in work must end first (its offset map is full)",
+    "rows": "the worker has as many in work as it may (--max-in-flight)",
+    "bytes": "the worker has as many bytes in work as it may (max_in_flight_bytes)",
+}
 
 
 def _breakers(status: SessionStatus) -> str:
@@ -262,7 +278,7 @@ def _partition_cells(each: PartitionStatus, *, single: bool) -> list[str]:
         "-" if each.lag is None else f"{each.lag:,}",
         f"{each.in_flight:,}" if each.worker else "-",
         cut(plain(each.worker), 14) or "-",
-        plain(each.state) or "-",
+        f"full ({plain(each.full)})" if each.full else plain(each.state) or "-",
     ]
 
 

@@ -279,16 +279,17 @@ async def test_emitting_to_a_topic_that_may_not_be(broker: Broker, broker_url: s
     """A row for a topic with an impossible name, or one that may not be made, is a dead letter; others go on."""
 
     def sends(row: dict[str, Any], ctx: Any) -> dict[str, Any]:
-        ctx.emit({0: "no/such", 1: f"{name}.results", 2: "rowmill.control"}.get(row["n"], f"{name}.side"), row)
+        odd = {0: "no/such", 1: f"{name}.results", 2: "rowmill.control", 3: f"{name}.dlq"}
+        ctx.emit(odd.get(row["n"], f"{name}.side"), row)
         return row
 
-    await put(broker, name, good(5))
+    await put(broker, name, good(6))
     await work(broker, Pipeline(name).add(sends, name="sends"))
     letters = {m.row["n"]: dict(m.headers) for m in await everything(broker_url, f"{name}.dlq")}
-    assert set(letters) == {0, 2}
+    assert set(letters) == {0, 2, 3}
     assert {h["rowmill.error.type"] for h in letters.values()} == {b"topic_refused"}
-    assert sorted(m.row["n"] for m in await everything(broker_url, f"{name}.side")) == [3, 4]
-    assert sorted(m.row["n"] for m in await everything(broker_url, f"{name}.results")) == [1, 1, 3, 4]
+    assert sorted(m.row["n"] for m in await everything(broker_url, f"{name}.side")) == [4, 5]
+    assert sorted(m.row["n"] for m in await everything(broker_url, f"{name}.results")) == [1, 1, 4, 5]
 
 
 async def test_an_absent_source(broker: Broker, broker_url: str, name: str) -> None:

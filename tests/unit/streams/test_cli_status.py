@@ -318,13 +318,24 @@ def test_json_is_stable() -> None:
     assert partition == {
         "topic": "reviews", "partition": 0, "committed": 1001200, "end": 1013540, "lag": 12340, "waiting": 12340,
         "until": None, "worker": "a1b2c3d4", "state": "running", "in_flight": 64, "oldest_offset": 1001200,
-        "oldest_seconds": 12.34, "rows": RowCounts().to_dict(), "committed_at": None,
+        "oldest_seconds": 12.34, "full": None, "rows": RowCounts().to_dict(), "committed_at": None,
     }  # fmt: skip
     assert worker == {
         "worker": "a1b2c3d4", "member": "aiokafka-1", "host": "box", "pid": 4711, "state": "running", "silent": False,
         "seen_seconds": 0.4, "partitions": ["reviews/0", "reviews/1"], "rows_per_second": 1203.4, "started_at": None,
         "in_flight": 64, "rows": 0, "commit_seconds": None,
     }  # fmt: skip
+
+
+def test_full_bounds_are_told() -> None:
+    """Partitions whose rows cannot begin say which bound is reached, in their line and among the facts."""
+    full = [replace(each, worker="a1b2c3d4", state="running", full=bound)
+            for each, bound in zip(BUSY.partitions, ("map", "rows"), strict=True)]  # fmt: skip
+    text = detail(replace(BUSY, partitions=tuple(full)), PLACE)
+    assert "full (map)" in text
+    assert "full (rows)" in text
+    assert "1 partition begins no rows: the oldest row in work must end first (its offset map is full)" in text
+    assert "1 partition begins no rows: the worker has as many in work as it may (--max-in-flight)" in text
 
 
 # --- again and again -------------------------------------------------------------------------------------------

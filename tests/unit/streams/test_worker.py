@@ -323,6 +323,39 @@ async def test_back_pressure(bench: Bench) -> None:
     bench.exact()
 
 
+@pytest.mark.parametrize(
+    ("bound", "options", "map_holds"),
+    [
+        ("rows", {"max_in_flight": 5}, 1_000),
+        ("bytes", {"max_in_flight_bytes": 20, "fetch_rows": 5}, 1_000),
+        ("map", {}, 5),
+    ],
+)
+async def test_a_bound_that_is_full_is_told(
+    monkeypatch: pytest.MonkeyPatch, bound: str, options: dict[str, int], map_holds: int
+) -> None:
+    """Where rows wait because a bound is reached, the snapshot says which; it says nothing once they go on."""
+    monkeypatch.setattr("rowmill.streams.offsets.IN_FLIGHT_LIMIT", map_holds)
+    monkeypatch.setattr("rowmill.streams.offsets.SPAN_LIMIT", map_holds)
+    bench = Bench(rows=60)
+    gate = asyncio.Event()
+
+    async def slow(row: dict[str, Any]) -> Any:
+        await gate.wait()
+        return row
+
+    def told(worker: Worker) -> set[str]:
+        return {each.full for each in worker.snapshot().partitions}
+
+    async with bench.running(pipeline_of(slow, ordering="none"), **options) as worker:
+        await until(lambda: bound in told(worker))
+        assert told(worker) <= {bound, ""}
+        gate.set()
+        await until(lambda: worker.has_committed(bench.ends))
+        assert told(worker) == {""}
+    bench.exact()
+
+
 async def test_rows_are_begun_only_while_the_map_fits(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where many rows come together, with far gaps between them, as in a compacted topic."""
     few, span = 10, 100

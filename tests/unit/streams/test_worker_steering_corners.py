@@ -376,6 +376,7 @@ async def test_what_is_kept_behind_a_slow_row_is_bounded(monkeypatch: pytest.Mon
     (slow, _) = worker.snapshot().partitions
     assert slow.oldest_offset == 0
     assert slow.oldest_seconds is not None
+    assert slow.full == ""
     hold.set()
     worker.finish_at(bench.ends)
     await asyncio.wait_for(run, SOON)
