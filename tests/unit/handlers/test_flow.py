@@ -15,8 +15,13 @@ from rowmill.handlers.runtime import Runtime
 from rowmill.handlers.stage import make_stage
 
 
-async def run(stages: Sequence[Any], rows: Sequence[Any], *, by_key: bool = False, linger: float = 0.0) -> list[Flight]:
-    """All rows through a flow; the flights in the order in which they came out. Rows may be (key, row) pairs."""
+async def run(
+    stages: Sequence[Any], rows: Sequence[Any], *, by_key: bool = False, linger: float = 0.0, lot: int = 1
+) -> list[Flight]:
+    """All rows through a flow; the flights in the order in which they came out. Rows may be (key, row) pairs.
+
+    They enter one by one, or by lots of more.
+    """
     chain, pool, done = Chain(stages), BlockingPool(8), []
     finished = asyncio.Event()
 
@@ -26,9 +31,13 @@ async def run(stages: Sequence[Any], rows: Sequence[Any], *, by_key: bool = Fals
             finished.set()
 
     flow = Flow(chain, Runtime(pool), on_done, lambda: None, unexpected, by_key=by_key, linger=linger)
-    for number, row in enumerate(rows):
-        key, value = row if isinstance(row, tuple) else (None, row)
-        flow.enter(Flight(value, None, key, number))
+    pairs = [row if isinstance(row, tuple) else (None, row) for row in rows]
+    flights = [Flight(value, None, key, number) for number, (key, value) in enumerate(pairs)]
+    for begin in range(0, len(flights), lot):
+        if lot > 1:
+            flow.enter_all(flights[begin : begin + lot])
+        else:
+            flow.enter(flights[begin])
     try:
         async with asyncio.timeout(20):
             await finished.wait()
@@ -111,7 +120,8 @@ async def test_slots_are_shared_between_flows() -> None:
     assert most == 3
 
 
-async def test_rows_of_one_key_keep_their_order() -> None:
+@pytest.mark.parametrize("lot", [1, 7, 60])
+async def test_rows_of_one_key_keep_their_order(lot: int) -> None:
     """With by_key, rows of a key run one after the other as they entered; other keys and keyless rows do not wait."""
     running: set[bytes] = set()
 
@@ -127,11 +137,36 @@ async def test_rows_of_one_key_keep_their_order() -> None:
 
     keys = [b"a", b"b", None]
     rows = [(keys[n % 3], {"n": n, "key": keys[n % 3]}) for n in range(60)]
-    done = await run([make_stage(alone, concurrency=10)], rows, by_key=True)
+    done = await run([make_stage(alone, concurrency=10)], rows, by_key=True, lot=lot)
     assert not [flight.value for flight in done if isinstance(flight.value, Failure)]
     for key in keys[:2]:
         numbers = [flight.sender for flight in done if flight.key == key]
         assert numbers == sorted(numbers)
+
+
+@pytest.mark.parametrize("lot", [1, 5, 40])
+@pytest.mark.parametrize("key", [None, b"a"])
+async def test_rows_that_failed_before_keep_their_place(lot: int, key: bytes | None) -> None:
+    """What is no row passes through: at once, or behind those of its key."""
+    rows = [(key, Failure("input", "not_json", f"{n}") if n % 3 == 0 else {"n": n}) for n in range(40)]
+    done = await run([make_stage(passes)], rows, by_key=True, lot=lot)
+    assert sorted(flight.sender for flight in done) == list(range(40))
+    if key is not None:
+        assert [flight.sender for flight in done] == list(range(40))
+
+
+@pytest.mark.parametrize("raised", [ValueError("no"), SystemExit(3), asyncio.CancelledError()])
+async def test_what_an_async_handler_raises_fails_its_row(raised: BaseException) -> None:
+    """Also what would end the lane, were it not the handler's own doing: the other rows go on."""
+
+    async def handler(row: dict[str, Any]) -> dict[str, Any]:
+        if row["n"] == 5:
+            raise raised
+        return row
+
+    done = await run([make_stage(handler, concurrency=3)], [{"n": n} for n in range(20)], lot=20)
+    failed = [flight for flight in done if isinstance(flight.value, Failure)]
+    assert [(flight.sender, flight.value.kind) for flight in failed] == [(5, type(raised).__name__)]  # type: ignore[union-attr]
 
 
 def fails(row: dict[str, Any]) -> Any:
