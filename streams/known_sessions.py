@@ -23,7 +23,7 @@ from ..state.model import RESERVED_PREFIX, Committed, Record, TopicPartition
 from .brokers.base import Broker, Reader, TopicInfo
 from .control_topic import ControlTopic
 from .deadlines import deadline
-from .session import LIVE, Session
+from .session import CONSOLE, LIVE, Session
 from .session_records import SessionRecord
 from .session_refs import session_of
 
@@ -171,6 +171,8 @@ def _readings(changelog: str) -> Iterator[tuple[Session, str]]:
     """The sessions that a changelog may be of, each with the source."""
     found = _CHANGELOG.fullmatch(changelog)
     assert found is not None  # noqa: S101 - the caller looked
+    if found["pipeline"] == CONSOLE:
+        return
     yield Session(found["pipeline"]), found["rest"]
     name, _, source = found["rest"].partition(".")
     if source and name != LIVE and _NAME.fullmatch(name):
@@ -227,22 +229,41 @@ class Tail:
         return CheckpointRecord.decode(self.value or b"")
 
 
+@dataclass(frozen=True, slots=True)
+class KnownTail:
+    """The end of a changelog as it was read once: up to which offset, and the last checkpoint."""
+
+    first: int
+    end: int
+    tail: Tail
+
+
 @dataclass(slots=True)
 class _Search:
-    """How far back one changelog is being looked at."""
+    """How far back one changelog is being looked at; ``before`` is what was found below ``first``."""
 
     first: int
     end: int
     step: int = _TAIL
     tail: Tail = field(default_factory=Tail)
+    before: Tail | None = None
 
     @property
     def begin(self) -> int:
         return max(self.first, self.end - self.step)
 
+    @property
+    def found(self) -> Tail:
+        """The newest checkpoint."""
+        return self.before if self.tail.value is None and self.before is not None else self.tail
+
 
 async def read_tails(
-    broker: Broker, changelogs: Collection[TopicPartition], *, timeout: float
+    broker: Broker,
+    changelogs: Collection[TopicPartition],
+    *,
+    timeout: float,
+    known: dict[TopicPartition, KnownTail] | None = None,
 ) -> dict[TopicPartition, Tail]:
     """The last checkpoints of these partitions, with one reader, from the ends backwards.
 
@@ -250,6 +271,7 @@ async def read_tails(
         broker: a started one.
         changelogs: partitions that exist.
         timeout: seconds without progress after which the broker counts as gone.
+        known: what this function found before, and is found now: of those that have not grown nothing is read.
 
     Raises:
         BrokerError: the broker does not answer.
@@ -257,7 +279,7 @@ async def read_tails(
     async with deadline(timeout, "look up where the changelogs end"):
         first = await broker.offsets(changelogs, "earliest")
         ends = await broker.offsets(changelogs, "end")
-    searches = {tp: _Search(first[tp], ends[tp]) for tp in changelogs}
+    searches = {tp: _begin_search(first[tp], ends[tp], known.get(tp) if known else None) for tp in changelogs}
     left = {tp: search for tp, search in searches.items() if search.first < search.end}
     while left:
         reader = broker.reader()
@@ -270,7 +292,16 @@ async def read_tails(
         left = {tp: search for tp, search in left.items() if search.tail.value is None and search.begin > search.first}
         for search in left.values():
             search.step *= 20
-    return {tp: search.tail for tp, search in searches.items()}
+    if known is not None:
+        known.update({tp: KnownTail(first[tp], ends[tp], search.found) for tp, search in searches.items()})
+    return {tp: search.found for tp, search in searches.items()}
+
+
+def _begin_search(first: int, end: int, known: KnownTail | None) -> _Search:
+    """Of a changelog that is known only what came since; one that has shrunk was made anew."""
+    if known is None or known.end > end or known.first > first:
+        return _Search(first, end)
+    return _Search(max(first, known.end), end, before=known.tail)
 
 
 async def _search(reader: Reader, searches: Mapping[TopicPartition, _Search], timeout: float) -> None:

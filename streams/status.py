@@ -17,20 +17,19 @@ from typing import Any, TypeVar
 from ..handlers.errors import LedgerError
 from ..state.clock import Clock
 from ..state.codec import loads
-from ..state.context import ExecutionContext, sum_costs
-from ..state.errors import RowmillError
+from ..state.context import sum_costs
 from ..state.execution import ExecutionState
 from ..state.model import Committed, TopicPartition
 from ..state.sketch import Sketch
 from .brokers.base import Broker, MemberInfo, TopicInfo
 from .deadlines import deadline
 from .errors import BrokerError, TopicError
-from .event_records import EVENTS_TOPIC, EventRecord
-from .events import recent_events
-from .known_sessions import KnownSession, Tail, find_sessions, read_tails
+from .event_records import EVENTS_TOPIC
+from .known_sessions import KnownSession, find_sessions
 from .ledger import LedgerReport, read_ledger
 from .session_records import SessionRecord
 from .session_refs import short_name
+from .status_memory import Counted, TailMemory, WordMemory
 from .status_state import Derived, derive
 from .status_workers import WorkerStatus, WorkerWord, words_of, workers_of
 
@@ -42,7 +41,6 @@ WINDOW_SECONDS = 12.0
 """How far back workers' words are read: their rates are those of this time."""
 _AT_ONCE = 16
 """Sessions that are asked about side by side."""
-_EVENTS = 50_000
 _ATTEMPTS = 3
 _COUNTS = ("rows", "results", "dropped", "skipped", "defaulted", "dead_letters", "emitted")
 
@@ -301,13 +299,34 @@ async def session_statuses(
         BrokerError: the broker does not answer.
         TopicError: topics are removed again and again while they are being looked at.
     """
-    for attempt in range(_ATTEMPTS):
-        try:
-            return await _Look(broker, clock, timeout).statuses(group)
-        except TopicError:  # a session was removed at this very moment
-            if attempt == _ATTEMPTS - 1:
-                raise
-    raise AssertionError("unreachable")
+    return await StatusReader(broker, clock=clock, timeout=timeout).statuses(group)
+
+
+class StatusReader:
+    """Looks at sessions again and again, and reads only what is new where that makes no difference. One at a time.
+
+    Args:
+        broker: a started one.
+        clock: the present time.
+        timeout: seconds that each call to the broker may take.
+    """
+
+    def __init__(self, broker: Broker, *, clock: Clock, timeout: float = 30.0) -> None:
+        self._broker = broker
+        self._clock = clock
+        self._timeout = timeout
+        self._tails = TailMemory()
+        self._words = WordMemory()
+
+    async def statuses(self, group: str | None = None) -> list[SessionStatus]:
+        """How every session stands, or this one; arguments and errors are those of :func:`session_statuses`."""
+        for attempt in range(_ATTEMPTS):
+            try:
+                return await _Look(self._broker, self._clock, self._timeout, self._tails, self._words).statuses(group)
+            except TopicError:  # a session was removed at this very moment
+                if attempt == _ATTEMPTS - 1:
+                    raise
+        raise AssertionError("unreachable")
 
 
 # --- what is read of the broker --------------------------------------------------------------------------------
@@ -328,11 +347,11 @@ class _Found:
 
 @dataclass(slots=True)
 class _Logs:
-    """Where partitions of sources begin and end, and the tails of changelogs."""
+    """Where partitions of sources begin and end, and what changelogs' last checkpoints count."""
 
     first: Mapping[TopicPartition, int]
     ends: Mapping[TopicPartition, int]
-    tails: Mapping[TopicPartition, Tail]
+    counted: Mapping[TopicPartition, Counted]
     words: Mapping[str, Sequence[WorkerWord]]
     has_events: bool
 
@@ -344,12 +363,15 @@ class _Look:
         broker: a started one.
         clock: the present time.
         timeout: seconds that each call may take.
+        tails, words: what was read before.
     """
 
-    def __init__(self, broker: Broker, clock: Clock, timeout: float) -> None:
+    def __init__(self, broker: Broker, clock: Clock, timeout: float, tails: TailMemory, words: WordMemory) -> None:
         self._broker = broker
         self._clock = clock
         self._timeout = timeout
+        self._tails = tails
+        self._words_before = words
         self._topics: Mapping[str, TopicInfo] = {}
         self._room = asyncio.Semaphore(_AT_ONCE)
 
@@ -366,7 +388,11 @@ class _Look:
         logs = asyncio.create_task(self._logs(found))
         try:
             await _together(self._read(each) for each in found)
-            return [_status(each, await logs, self._clock.now_ms()) for each in found]
+            statuses = []
+            for each in found:
+                statuses.append(_status(each, await logs, self._clock.now_ms()))
+                await asyncio.sleep(0)  # many sessions are some tenths of a second of work
+            return statuses
         finally:
             logs.cancel()
             await asyncio.wait({logs})
@@ -375,12 +401,12 @@ class _Look:
         everywhere = sorted({tp for each in found for tp in each.partitions})
         changelogs = [tp for each in found for tp in self._changelogs(each)]
         groups = {each.known.record.group for each in found}
-        words, tails = await asyncio.gather(
-            self._words(groups), read_tails(self._broker, changelogs, timeout=self._timeout)
+        words, counted = await asyncio.gather(
+            self._words(groups), self._tails.read(self._broker, changelogs, timeout=self._timeout)
         )
         first = await self._ask("look up where topics begin", lambda: self._broker.offsets(everywhere, "earliest"))
         ends = await self._ask("look up where topics end", lambda: self._broker.offsets(everywhere, "high_watermark"))
-        return _Logs(first, ends, tails, words or {}, has_events=words is not None and EVENTS_TOPIC in self._topics)
+        return _Logs(first, ends, counted, words or {}, has_events=words is not None and EVENTS_TOPIC in self._topics)
 
     def _changelogs(self, found: _Found) -> Iterable[TopicPartition]:
         for tp in found.partitions:
@@ -392,8 +418,8 @@ class _Look:
         """What workers said lately; None where that cannot be read: all that counts is known without it."""
         since_ms = self._clock.now_ms() - round(WINDOW_SECONDS * 1000)
         try:
-            events: list[EventRecord] = await recent_events(
-                self._broker, since_ms=since_ms, groups=groups, clock=self._clock, timeout=self._timeout, limit=_EVENTS
+            events = await self._words_before.recent(
+                self._broker, since_ms=since_ms, groups=groups, clock=self._clock, timeout=self._timeout
             )
         except (BrokerError, TopicError) as error:
             log.warning("the workers' events cannot be read, so rates and rows in work are missing: %s", error)
@@ -551,30 +577,27 @@ def _with_partitions(
 
 def _with_checkpoints(status: SessionStatus, found: _Found, logs: _Logs) -> SessionStatus:
     """What the changelogs know: counts, costs and times, exact."""
-    partitions, contexts, rows = [], [], RowCounts()
+    partitions, sound, rows = [], [], RowCounts()
     problem = status.problem
     for partition in status.partitions:
-        tail = logs.tails.get(changelog_of(found.known, partition.tp))
-        if tail is not None and tail.value is not None:
-            try:
-                checkpoint = tail.checkpoint()
-                contexts.append(ExecutionContext.from_checkpoint(checkpoint.context))
-                counted = RowCounts.of(checkpoint.counts)
-            except RowmillError as error:
-                problem = problem or str(error)
-            else:
-                rows = rows.plus(counted)
-                partition = replace(partition, rows=counted, committed_ms=tail.at_ms)
+        counted = logs.counted.get(changelog_of(found.known, partition.tp))
+        if counted is not None and counted.problem:
+            problem = problem or counted.problem
+        elif counted is not None:
+            sound.append(counted)
+            counts = RowCounts.of(counted.counts)
+            rows = rows.plus(counts)
+            partition = replace(partition, rows=counts, committed_ms=counted.at_ms)
         partitions.append(partition)
     record = found.known.record
-    begun = [round(context.start_time.timestamp() * 1000) for context in contexts]
+    begun = [counted.started_ms for counted in sound]
     signs = [record.changed_ms, record.failed_ms, record.started_ms, *(p.committed_ms or 0 for p in partitions)]
     return replace(
         status,
         partitions=tuple(partitions),
         rows=rows,
-        cost=sum_costs(*(context.accumulated_cost for context in contexts)),
-        tokens=sum(context.accumulated_tokens for context in contexts),
+        cost=sum_costs(*(counted.cost for counted in sound)),
+        tokens=sum(counted.tokens for counted in sound),
         started_ms=record.started_ms or min(begun, default=0) or None,
         active_ms=max(signs) or None,
         problem=problem,

@@ -437,7 +437,7 @@ async def test_without_events_all_that_counts_is_there(
     async def refused(*_: Any, **__: Any) -> list[EventRecord]:
         raise TopicError("not allowed")
 
-    monkeypatch.setattr("rowmill.streams.status.recent_events", refused)
+    monkeypatch.setattr("rowmill.streams.status_memory.WordMemory.recent", refused)
     await MadeSession(LIVE).make(broker, clock)
     (status,) = await statuses(broker, clock)
     assert (status.rows.rows, status.rate) == (4, None)
