@@ -24,7 +24,7 @@ from ..state.memory import MemoryStore
 from ..state.model import RESERVED_PREFIX, Row
 from ..state.table import TableSpec
 from ..state.tables import PartitionTables
-from .session import check_name, check_topic
+from .session import check_name, check_pipeline, check_topic
 
 if TYPE_CHECKING:
     import pandas as pd  # noqa: TID251 - for the type only
@@ -350,7 +350,7 @@ class Pipeline:
 
 
 def _name(name: str) -> str:
-    if check_name("Pipeline(name)", name) == RESERVED_PREFIX.removesuffix("."):
+    if check_pipeline("Pipeline(name)", name) == RESERVED_PREFIX.removesuffix("."):
         remedy = f"use another: its topics would begin with {RESERVED_PREFIX!r}, which are rowmill's own"
         raise ConfigError("Pipeline(name)", name, remedy)
     return name

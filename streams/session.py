@@ -13,6 +13,8 @@ _TOPIC_NAME = re.compile(r"[a-zA-Z0-9._-]{1,249}")
 
 LIVE = "live"
 """The id of a pipeline's live session."""
+CONSOLE = "console"
+"""No pipeline is called so: its group would be that of the web console, whose topics are ``rowmill.console.*``."""
 _TAKEN = ("input", "control")
 """Ids whose group would be what another session's publisher, or its operators, are called."""
 
@@ -33,6 +35,17 @@ def check_name(setting: str, name: str) -> str:
     """
     if not isinstance(name, str) or not _PLAIN_NAME.fullmatch(name):
         raise ConfigError(setting, name, "use 1 to 80 letters, digits, '_' and '-' (no dots)")
+    return name
+
+
+def check_pipeline(setting: str, name: str) -> str:
+    """A pipeline's name.
+
+    Raises:
+        ConfigError: it is no name, or that of the web console.
+    """
+    if check_name(setting, name) == CONSOLE:
+        raise ConfigError(setting, name, "the web console works under this name; use another")
     return name
 
 
@@ -86,7 +99,7 @@ class Session:
     owns_source: bool = False
 
     def __post_init__(self) -> None:
-        check_name("pipeline", self.pipeline)
+        check_pipeline("pipeline", self.pipeline)
         check_name("session", self.id)
 
     @property

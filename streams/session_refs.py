@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from ..state.errors import ConfigError
 from .deadlines import deadline
-from .session import LIVE, Session
+from .session import CONSOLE, LIVE, Session
 from .session_records import SessionRecord
 
 if TYPE_CHECKING:
@@ -43,9 +43,9 @@ def short_name(group: str) -> str:
 
 
 def session_of(group: str) -> Session | None:
-    """The session whose group that is; None for groups of something else."""
+    """The session whose group that is; None for groups of something else, such as the web console's."""
     found = _GROUP.fullmatch(group)
-    if found is None or found[2] == LIVE:
+    if found is None or found[2] == LIVE or found[1] == CONSOLE:
         return None
     return Session(found[1], found[2] or LIVE)
 

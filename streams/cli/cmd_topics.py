@@ -29,7 +29,9 @@ def add_parser(commands: Commands) -> None:
         summary="list, make and delete topics",
         about=(
             "List topics with their partitions and records. The number of records is that of the offsets from the "
-            "first to the end: on Kafka an upper bound, because transaction markers and compacted records count."
+            "first to the end: on Kafka an upper bound, because transaction markers and compacted records count. "
+            "Topics of rowmill's own say what they hold; those of the web console (rowmill.console.*) hold what it "
+            "shows of the past, and may be deleted while it does not run."
         ),
         example="rowmill topics --create reviews --partitions 6",
     )
@@ -94,22 +96,25 @@ async def _delete(args: argparse.Namespace, broker: Broker) -> int:
 async def _list(args: argparse.Namespace, broker: Broker) -> int:
     from ...state.codec import dumps
     from ..deadlines import deadline
+    from ..own_topics import purpose_of
 
     async with deadline(CALL_SECONDS, "list topics"):
         partitions = {name: info.partitions for name, info in sorted((await broker.topics()).items())}
         counts = await _known_counts(broker, partitions)
     if args.json:
         for name, number in partitions.items():
-            print(dumps({"topic": name, "partitions": number, "records": counts[name]}).decode())
+            purpose = {"holds": purpose_of(name)} if purpose_of(name) else {}
+            line = {"topic": name, "partitions": number, "records": counts[name], **purpose}
+            print(dumps(line).decode())
         return 0
     if not partitions:
         say(f"no topics on {shown_broker(args)}", quiet=args.quiet)
         return 0
     lines = [
-        (name, f"{number:,}", "?" if (count := counts[name]) is None else f"{count:,}")
+        (name, f"{number:,}", "?" if (count := counts[name]) is None else f"{count:,}", purpose_of(name))
         for name, number in partitions.items()
     ]
-    print(table([("topic", "partitions", "records"), *lines], right=[1, 2]))
+    print(table([("topic", "partitions", "records", ""), *lines], right=[1, 2]))
     if not broker.url.startswith("local://"):
         say("records: at most; transaction markers and compacted records are counted too", quiet=args.quiet)
     return 0

@@ -82,6 +82,7 @@ def test_many_sessions_are_not_all_listed() -> None:
         ("rowmill.reviews.s1", Session("reviews", "s1")),
         ("rowmill.reviews.input", Session("reviews", "input")),
         ("rowmill.reviews.live", None),
+        ("rowmill.console", None),
         ("rowmill.reviews.s1.input", None),
         ("rowmill.", None),
         ("reviews", None),
