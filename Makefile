@@ -5,14 +5,14 @@ BIN    := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test unit simulate chaos bench lint format kafka clean
+.PHONY: help setup demo console test unit simulate chaos bench lint format kafka clean
 
 help: ## list these targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 # The strict editable install lets mypy and editors see the package whose root is the repository's root
 # (docs/decisions/0001). It links file by file, so it runs again whenever a package gains or loses a file.
-SOURCES := $(shell find state handlers streams -name '*.py' 2>/dev/null | sort)
+SOURCES := $(shell find state handlers streams \( -name '*.py' -o -path '*/console/static/*' -o -path '*/console/templates/*' \) -type f 2>/dev/null | sort)
 LISTING := $(VENV)/.listing
 
 $(BIN)/python:
@@ -43,10 +43,13 @@ demo: setup ## run the example on the embedded broker: progress, summary, correl
 	@echo
 	@echo "the commands are in $(BIN): \`. $(BIN)/activate\` puts them on the PATH"
 
+console: setup ## the web page of all sessions on the embedded broker: make console ARGS="--port 8080"
+	@exec $(BIN)/rowmill console $(ARGS)
+
 # Each worker has a Kafka of its own and takes whole files, in order: the long ones of chaos and integration first.
 JOBS ?= 0
 
-test: setup ## every test (JOBS=2: two at a time); those on Apache Kafka where Java and Maven (or Docker) are
+test: setup ## every test (JOBS=2: two at a time); on Apache Kafka where Java and Maven (or Docker) are, in Chromium where it is
 	$(PYTEST) -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 unit: setup ## the quick tests only

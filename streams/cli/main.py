@@ -14,6 +14,7 @@ from ...state.errors import ConfigError, RowmillError
 from . import (
     cmd_cancel,
     cmd_checkpoints,
+    cmd_console,
     cmd_consume,
     cmd_diff,
     cmd_dlq,
@@ -47,6 +48,7 @@ COMMANDS = (
     cmd_publish,
     cmd_consume,
     cmd_topics,
+    cmd_console,
     cmd_doctor,
 )
 """In the order of the help text."""
