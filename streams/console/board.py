@@ -153,6 +153,12 @@ class Board:
         return session.stages(self._clock.now_ms()) if session else []
 
     @_locked
+    def stages_so_far(self, group: str) -> list[StageFigures]:
+        """What each stage did within the last seven days: rows, and quantiles over all of them."""
+        session = self._sessions.get(group)
+        return session.stages_so_far(self._clock.now_ms()) if session else []
+
+    @_locked
     def events(self, group: str, kinds: frozenset[str] | None, limit: int) -> list[EventRecord]:
         """The newest events of these kinds (None: of all) first, without ``progress``; 250 failures and 250 others."""
         session = self._sessions.get(group)

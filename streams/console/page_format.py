@@ -82,6 +82,11 @@ def rate(number: float | None) -> str:
     return f"{number:.1f}" if abs(number) < 100 else f"{number:,.0f}"
 
 
+def latency(number: float | None) -> str:
+    """How long a call takes: as :func:`seconds`, but nothing takes no time."""
+    return "< 1 µs" if number is not None and number < 1e-6 else seconds(number)
+
+
 def seconds(number: float | None) -> str:
     """A time span with its unit: ``80 µs``, ``42 ms``, ``1.30 s``, ``3 min 05 s``, ``2 h 07 min``, ``4 d 3 h``."""
     if number is None:
@@ -253,6 +258,7 @@ FILTERS: Final[Mapping[str, Callable[..., Any]]] = {
     "dom_id": dom_id,
     "event_line": event_line,
     "iso": machine_time,
+    "latency": latency,
     "look": look,
     "money": money,
     "ms_of": milliseconds_of,

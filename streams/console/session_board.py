@@ -376,6 +376,10 @@ class SessionBoard:
         seconds = min(max(covered[0], SPANS["10s"].length_ms), _MINUTE_MS + SPANS["10s"].length_ms) / 1000
         return stage_figures(names, windows, seconds)
 
+    def stages_so_far(self, now_ms: int) -> list[StageFigures]:
+        """What they did as far back as there are windows."""
+        return stage_figures(self.order, self.sums("1h", now_ms - SPANS["1h"].kept_ms), 0)
+
     def facts(self, now_ms: int) -> Facts:
         """What rules look at."""
         while self._lately and self._lately[0][0] <= now_ms - _MINUTE_MS:

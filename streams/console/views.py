@@ -223,11 +223,23 @@ class StageView(View):
     counters: Mapping[str, float] = field(default_factory=dict)
 
 
-def stages_of(status: SessionStatus, figures: Sequence[StageFigures]) -> list[StageView]:
-    """A session's stages in the chain's order; behind them those that only events name."""
+def stages_of(
+    status: SessionStatus, figures: Sequence[StageFigures], so_far: Sequence[StageFigures] = ()
+) -> list[StageView]:
+    """A session's stages in the chain's order; behind them those that only events name.
+
+    Args:
+        status: with what its workers count since they started.
+        figures: of the last minute.
+        so_far: of the past, for a session whose workers are gone.
+    """
     by_name = {each.name: each for each in figures}
     names = list(dict.fromkeys([*status.record.stages, *status.stages, *by_name]))[:MOST_STAGES]
-    return [_stage(name, status.stages.get(name, {}), by_name.get(name)) for name in names]
+    counters: Mapping[str, Mapping[str, float]] = status.stages or {
+        each.name: {"rows": each.rows, "out": each.out, "dropped": each.dropped, "failed": each.failed}
+        for each in so_far
+    }
+    return [_stage(name, counters.get(name, {}), by_name.get(name)) for name in names]
 
 
 def _stage(name: str, counters: Mapping[str, float], figures: StageFigures | None) -> StageView:

@@ -316,7 +316,9 @@ class Watch:
             summary=self._summary(status, self._open_alerts(), now_ms),
             status=told,
             partitions=told["partitions"],
-            stages=stages_of(status, self.board.stages(group)),
+            stages=stages_of(
+                status, self.board.stages(group), () if status.stages else self.board.stages_so_far(group)
+            ),
             breakers=[BreakerView(shown_text(name), shown_text(state)) for name, state in status.breakers.items()],
             workers=told["workers"],
             failures=[FailureView.of(each) for each in self.board.failures(group, now_ms - _DAY_MS)],

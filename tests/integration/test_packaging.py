@@ -43,9 +43,16 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
     on_disk = {
         "rowmill" if path.parent == ROOT else f"rowmill/{path.parent.relative_to(ROOT)}"
         for package in ("state", "handlers", "streams")
-        for path in (ROOT / package).rglob("*.py")
+        for path in [*(ROOT / package).rglob("*.py"), *_files_of_pages()]
     } | {"rowmill"}
     assert folders == on_disk
+    assert {f"rowmill/{path.relative_to(ROOT)}" for path in _files_of_pages()} <= set(names)
+
+
+def _files_of_pages() -> list[Path]:
+    """Templates, scripts, styles and licences of the console."""
+    console = ROOT / "streams" / "console"
+    return [path for name in ("static", "templates") for path in (console / name).rglob("*") if path.is_file()]
 
 
 @pytest.mark.timeout(180)

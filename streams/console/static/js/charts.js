@@ -71,6 +71,12 @@ function evenly(data) {
   return every;
 }
 
+// A figure without neighbours makes no line: it is drawn as a point.
+function lonely(plot, n, show) {
+  const values = plot.data[n];
+  return show ? [...values.keys()].filter((at) => values[at] != null && values[at - 1] == null && values[at + 1] == null) : null;
+}
+
 // While the reader points at nothing, the legend tells the newest figures.
 function newest(plot) {
   if (plot.data[0].length) plot.setLegend({ idx: plot.data[0].length - 1 }, false);
@@ -190,7 +196,7 @@ class Charts {
           width: 1.6,
           fill: each.fill || each.bars ? `${colour(each.colour)}${each.bars ? "b0" : "22"}` : undefined,
           paths: each.bars ? uPlot.paths.bars({ size: [0.8, 14], align: 1 }) : undefined,
-          points: { show: false },
+          points: { show: !each.bars, size: 5, filter: lonely },
           value: (_, value) => kind.unit(value),
         })),
       ],

@@ -162,6 +162,7 @@ def test_a_restart_shows_the_past(feed: Feed) -> None:
     assert after.points(GROUP, "10s", 0, 2**53)[0].lag == 77
     assert after.stages(GROUP) == before.stages(GROUP)
     assert [stage.name for stage in after.stages(GROUP)] == ["s", "t"]
+    assert [(stage.rows, stage.out, stage.failed) for stage in after.stages_so_far(GROUP)] == [(0, 0, 0), (10, 9, 1)]
     assert after.events(GROUP, None, 10) == before.events(GROUP, None, 10)
     assert after.alerts(None) == before.alerts(None)
     assert after.failures(GROUP, 0) == before.failures(GROUP, 0)

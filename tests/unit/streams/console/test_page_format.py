@@ -116,3 +116,8 @@ def test_policies_in_a_line() -> None:
     """Only what happened is told."""
     assert form.stage_line({"calls": 9, "retries": 1_200, "timeouts": 0, "hits": 3}) == "1,200 retried · 3 cached"
     assert form.stage_line({}) == ""
+
+
+def test_a_call_takes_some_time() -> None:
+    """What is below a microsecond is not shown as nothing; the rest as any span of time."""
+    assert [form.latency(each) for each in (None, 0.0, 4e-6)] == [form.UNKNOWN, "< 1 µs", "4.0 µs"]

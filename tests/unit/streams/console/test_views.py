@@ -107,6 +107,15 @@ def test_a_series() -> None:
     assert series["stages"]["b"] == {"rows": [None, 6], "p50": [None] * 2, "p95": [None] * 2, "p99": [None] * 2}
 
 
+def test_stages_of_a_session_whose_workers_are_gone() -> None:
+    """Their counts are those of the past; what a worker counts goes before it."""
+    so_far = [StageFigures("score", rows=9, out=8, failed=1)]
+    _, score = stages_of(a_status("p", stages={}), [], so_far)
+    assert (score.name, score.rows_in, score.rows_out, score.dropped, score.failed) == ("score", 9, 8, 0, 1)
+    _, score = stages_of(a_status("p", stages={"score": {"rows": 2.0}}), [], so_far)
+    assert (score.rows_in, score.rows_out) == (2, None)
+
+
 def test_stages_in_the_chains_order() -> None:
     """As the session says; counts are the live workers', times those of the last minute."""
     status = a_status("p", stages={"score": {"rows": 9.0, "out": 8.0, "failed": 1.0, "calls": 10.0}})
