@@ -20,15 +20,15 @@ from benchmarks.report import BEGIN, END, write_section
 from benchmarks.rows import key_of, result_of, row_of
 
 ROOT = Path(__file__).resolve().parents[2]
-LEAST = 0.2
-"""Of the floor's rate. The goal is 0.8; what is there today, on a busy machine and with few rows, is 0.36 to 0.49."""
+LEAST = 0.35
+"""Of the floor's rate. The goal is 0.8; what is there today, on a busy machine and with few rows, is 0.55 to 0.68."""
 COUNT, KEYS = 30, 10
 
 
 @pytest.mark.alone
 @pytest.mark.slow
 def test_rowmill_keeps_up_with_the_floor(kafka: str) -> None:
-    """A fifth of what a bare transactional loop does is always there: the best of three runs each, in turn."""
+    """A third of what a bare transactional loop does is always there: the best of three runs each, in turn."""
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.tripwire"],
         cwd=ROOT,
