@@ -274,9 +274,19 @@ def figures(running: list[tuple[float, dict[str, Any]]]) -> dict[str, Any]:
         "core_used": round((last["cpu"] - first["cpu"]) / (at_last - at_first), 3),
         "rss_mib": [round(each / 2**20, 1) for each in rss],
         "rss_second_half": [round(_of(halves[1], pick) / 2**20, 1) for pick in (0, -1)],
+        "rss_by_minute": _by_minute(running),
         "most_behind_seconds": behind,
         "threads": last["threads"],
     }
+
+
+def _by_minute(running: list[tuple[float, dict[str, Any]]]) -> list[float]:
+    """The most of each minute, in MiB."""
+    most: dict[int, float] = {}
+    for at, told in running:
+        minute = int((at - running[0][0]) // 60)
+        most[minute] = max(most.get(minute, 0.0), round(told["rss"] / 2**20, 1))
+    return list(most.values())
 
 
 def _of(half: list[tuple[float, dict[str, Any]]], pick: int) -> int:
