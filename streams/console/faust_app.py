@@ -30,7 +30,7 @@ from ...state.clock import Clock
 from ...state.errors import ConfigError
 from ...state.model import Committed, TopicPartition
 from ..brokers.base import Broker, TopicSpec
-from ..brokers.open import _addresses, _security, open_broker
+from ..brokers.open import addresses_of, open_broker, security_of
 from ..brokers.security import KafkaSecurity
 from ..collect import read_topic
 from ..control_topic import CONTROL_CONFIG
@@ -543,8 +543,8 @@ def _connection(url: str, broker: Broker, environment: Mapping[str, str] | None)
     """The broker in Faust's words."""
     if broker.folder is not None:
         return {"broker": URL.build(scheme="local", path=str(broker.folder))}
-    addresses = _addresses(url)
-    security = _security(url, os.environ if environment is None else environment)
+    addresses = addresses_of(url)
+    security = security_of(url, os.environ if environment is None else environment)
     found: dict[str, Any] = {"broker": [URL(f"kafka://{address}") for address in addresses.split(",")]}
     if security is not None:
         found["broker_credentials"] = _credentials(security)
