@@ -533,7 +533,10 @@ async def _cut_off(app: faust.App) -> None:
     """End the Kafka consumer's thread, where it has not ended by itself."""
     client = getattr(app.consumer, "_thread", None)
     thread, loop = getattr(client, "_thread", None), getattr(client, "thread_loop", None)
-    if not isinstance(thread, threading.Thread) or loop is None:
+    if loop is None:
+        return
+    if not isinstance(thread, threading.Thread):  # the app failed before it began
+        loop.close()
         return
 
     def cancel() -> None:
