@@ -7,6 +7,7 @@ row on, and has a fingerprint by which a session recognises it.
 from __future__ import annotations
 
 import hashlib
+from codecs import BOM_UTF8
 from collections.abc import Collection, Iterable, Iterator, Sized
 from itertools import islice
 from pathlib import Path
@@ -188,7 +189,7 @@ class FileInput:
     def _check_field(self, key: str) -> None:
         """Rows may lack the field. Where none has it, it is mistyped; the first one settles it as a rule."""
         with open_bytes(self._path) as lines:
-            _check_rows(key, map(_row_of, lines))
+            _check_rows(key, map(_row_of, _unmarked(lines)))
 
     def rows(self, first: int) -> Iterator[InputRow]:
         """The rows from ``first`` on."""
@@ -216,10 +217,19 @@ class FileInput:
 
 def json_line_rows(lines: Iterable[bytes], key: str | None) -> Iterator[InputRow]:
     """Every line that is not blank, as it stands, with the key that its field ``key`` gives."""
-    for line in lines:
+    for line in _unmarked(lines):
         value = line.rstrip(b"\r\n")
         if value.strip():
             yield InputRow(value, _key_of(value, key))
+
+
+def _unmarked(lines: Iterable[bytes]) -> Iterator[bytes]:
+    """The lines without the byte order mark that editors on Windows begin a file with: it belongs to no row."""
+    rest = iter(lines)
+    for line in rest:
+        yield line.removeprefix(BOM_UTF8)
+        break
+    yield from rest
 
 
 def _key_of(value: bytes, key: str | None) -> bytes | None:

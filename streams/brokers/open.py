@@ -52,7 +52,7 @@ def open_broker(
     if scheme == "kafka":
         from .kafka import KafkaBroker
 
-        return KafkaBroker(_addresses(url), clock=clock, security=_security(url, environment))
+        return KafkaBroker(addresses_of(url), clock=clock, security=security_of(url, environment))
     raise ConfigError("broker", shown_url(url), _FORMS)
 
 
@@ -65,7 +65,12 @@ def shown_url(url: str) -> str:
     return f"{address}?…" if question else address
 
 
-def _addresses(url: str) -> str:
+def addresses_of(url: str) -> str:
+    """``host:port,…`` of a ``kafka://`` URL.
+
+    Raises:
+        ConfigError: there is none, or something else in its place.
+    """
     netloc = urlsplit(url).netloc
     addresses = [address.strip() for address in netloc.split(",") if address.strip()]
     for address in addresses:
@@ -80,7 +85,16 @@ def _addresses(url: str) -> str:
     return ",".join(addresses)
 
 
-def _security(url: str, environment: Mapping[str, str]) -> KafkaSecurity | None:
+def security_of(url: str, environment: Mapping[str, str]) -> KafkaSecurity | None:
+    """TLS and SASL as a ``kafka://`` URL has them; None for plain text.
+
+    Args:
+        url: the broker's.
+        environment: ``ROWMILL_KAFKA_PASSWORD`` holds the password, unless the URL names a file.
+
+    Raises:
+        ConfigError: a setting is unknown, does not fit the others, or its file cannot be read.
+    """
     given = {name: values[-1] for name, values in parse_qs(urlsplit(url).query).items()}
     for name in given:
         if name not in _SETTINGS:

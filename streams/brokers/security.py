@@ -14,7 +14,7 @@ MECHANISMS = ("PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512")
 
 @dataclass(frozen=True, slots=True)
 class KafkaSecurity:
-    """TLS and SASL. Given in the broker's URL and the environment, see README.
+    """TLS and SASL. Given in the broker's URL and the environment; README lists the settings.
 
     Attributes:
         tls: encrypt, and check the broker's certificate and host name.

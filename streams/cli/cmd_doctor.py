@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from ..brokers.base import Broker
 
 _LIBRARIES = ("aiokafka", "orjson", "pandas", "pyarrow", "rocksdict", "tqdm")
+_LOOKED_UP = ("aiohttp", "ddsketch", "faust-streaming", "jinja2", "prometheus-client")
+"""Only their versions: what imports them is the console or ``--http``, which many never start."""
+_WIDTH = max(map(len, (*_LIBRARIES, *_LOOKED_UP)))
 _LEAST_FREE = 1 << 30
 _REINSTALL = "install again: pip install --force-reinstall rowmill"
 
@@ -58,7 +61,7 @@ def main(args: argparse.Namespace) -> int:
     """Check everything."""
     import asyncio
 
-    checks = [_python(), Check("rowmill", True, __version__), *map(_library, _LIBRARIES)]
+    checks = [_python(), Check("rowmill", True, __version__), *map(_library, _LIBRARIES), *map(_package, _LOOKED_UP)]
     checks += asyncio.run(_all_broker_checks(args))
     ok = all(check.ok for check in checks)
     if args.json:
@@ -74,9 +77,9 @@ def main(args: argparse.Namespace) -> int:
 def _show(check: Check) -> None:
     wide = (getattr(sys.stdout, "encoding", None) or "ascii").lower().startswith("utf")
     mark = ("✓" if check.ok else "✗") if wide else ("ok" if check.ok else "NO")
-    print(f"{mark} {check.name:<9} {plain(check.found)}")
+    print(f"{mark} {check.name:<{_WIDTH}} {plain(check.found)}")
     if check.remedy is not None:
-        print(f"{'':<{len(mark)}} {'':<9} -> {check.remedy}")
+        print(f"{'':<{len(mark)}} {'':<{_WIDTH}} -> {check.remedy}")
 
 
 def _python() -> Check:
@@ -94,6 +97,16 @@ def _library(name: str) -> Check:
         return Check(name, True, metadata.version(name))
     except Exception as error:  # noqa: BLE001 - a broken library raises anything when imported
         return Check(name, False, f"{type(error).__name__}: {error}", _REINSTALL)
+
+
+def _package(name: str) -> Check:
+    """Its version, without importing it."""
+    from importlib import metadata
+
+    try:
+        return Check(name, True, metadata.version(name))
+    except metadata.PackageNotFoundError:
+        return Check(name, False, "it is not installed", _REINSTALL)
 
 
 async def _all_broker_checks(args: argparse.Namespace) -> list[Check]:

@@ -28,13 +28,14 @@ from .alerts import AlertRules, Alerts
 from .api import Api
 from .board import Board
 from .data import Data
-from .faust_app import GROUP, ConsoleApp
+from .faust_app import ConsoleApp
 from .guard import MOST_BODY_BYTES, Guard, Handler
 from .letter_reads import LetterReads
 from .live import Live
 from .operations import Operations
 from .replays import Replays
 from .topic_reads import TopicReads
+from .turn import GROUP, another_console
 from .watch import Watch
 
 log = logging.getLogger(__name__)
@@ -183,19 +184,16 @@ class Console:
         if self._broker.folder is None:
             return
         async with deadline(_CALL_SECONDS, f"look up who is in group {GROUP}"):
-            others = sorted(f"process {member.id} on {member.host}" for member in await self._broker.members(GROUP))
-        if others:
-            raise ConfigError(
-                "--broker", self.shown_broker, f"another console runs on it ({', '.join(others)}), and one is enough: "
-                "open that one's page, or stop it first",
-            )  # fmt: skip
+            members = await self._broker.members(GROUP)
+        if members:
+            raise another_console(self._broker_url, members)
 
 
 async def _until(stop: asyncio.Event, history: asyncio.Task[None]) -> None:
     """Wait for the end.
 
     Raises:
-        GroupBusyError, ConfigError: another console runs on this broker, or the console's topics may not be made.
+        ConfigError: another console runs on this broker, or the console's topics may not be made.
     """
     stopped = asyncio.ensure_future(stop.wait())
     try:

@@ -14,7 +14,6 @@ import asyncio
 import contextlib
 import logging
 import os
-import platform
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -29,8 +28,8 @@ from yarl import URL
 from ...state.clock import Clock
 from ...state.errors import ConfigError
 from ...state.model import Committed, TopicPartition
-from ..brokers.base import Broker, TopicSpec
-from ..brokers.open import _addresses, _security, open_broker
+from ..brokers.base import Broker, MemberInfo, TopicSpec
+from ..brokers.open import addresses_of, open_broker, security_of
 from ..brokers.security import KafkaSecurity
 from ..collect import read_topic
 from ..control_topic import CONTROL_CONFIG
@@ -43,8 +42,8 @@ from ..session import SESSION_HEADER
 from ..session_records import CONTROL_TOPIC
 from .board import TABLES, Board, Change
 from .own_thread import in_thread
+from .turn import GROUP, LocalTurn, Turn, another_console, client_id
 
-GROUP = "rowmill.console"
 TABLE_CONFIG = {"cleanup.policy": "compact", "segment.bytes": str(16 << 20), "segment.ms": "86400000"}
 """Kafka never compacts the newest segment: small ones keep a restart quick."""
 
@@ -59,6 +58,7 @@ SESSION_SECONDS = 10.0
 
 _CALL_SECONDS = 15.0
 _LOOK_SECONDS = 1.0
+_JOIN_LOOK_SECONDS = 0.2
 _ENDS_SECONDS = 5.0
 _STALL_SECONDS = 30.0
 _LIVE_SECONDS = 5.0
@@ -113,16 +113,25 @@ class ConsoleApp:
         self.datadir = state_dir / "console"
         self._on_events = on_events
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._local_turn: LocalTurn | None = None
 
     async def run(self, stop: asyncio.Event) -> None:
         """Until ``stop``; then within five seconds.
 
         Raises:
-            GroupBusyError: another console runs on this broker.
-            ConfigError: a setting is wrong, or topics are missing and may not be made.
+            ConfigError: another console runs on this broker, a setting is wrong, or topics are missing and may not be
+                made.
         """
         self._loop = asyncio.get_running_loop()
         self.datadir.mkdir(mode=0o700, parents=True, exist_ok=True)
+        try:
+            await self._live_again_and_again(stop)
+        finally:
+            if self._local_turn is not None:
+                self._local_turn.release()
+        self.board.stand("stopped", message="the console was stopped")
+
+    async def _live_again_and_again(self, stop: asyncio.Event) -> None:
         pause, has_run = _FIRST_PAUSE, False
         while not stop.is_set():
             began = self.clock.monotonic()
@@ -131,10 +140,10 @@ class ConsoleApp:
                 await in_thread(life, stop, STOP_SECONDS)
                 has_run = True
                 continue
-            except (GroupBusyError, ConfigError):
-                if not has_run:
+            except ConfigError as error:
+                if not has_run and not life.was_live:
                     raise
-                message = "another console runs on this broker, or its topics are gone"
+                message = str(error)
             except Exception as error:  # noqa: BLE001 - whatever it is, the console goes on without
                 message = f"{type(error).__name__}: {error}"[:500]
                 _log.warning("the console's history stands still: %s", message)
@@ -143,7 +152,15 @@ class ConsoleApp:
             self.board.stand("stopped", message=f"{message}; tried again in {pause:g} s")
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(stop.wait(), pause)
-        self.board.stand("stopped", message="the console was stopped")
+
+    def take_local_turn(self, folder: Path) -> None:
+        """Be the one console on this embedded broker until ``run`` ends.
+
+        Raises:
+            ConfigError: another one is.
+        """
+        self._local_turn = self._local_turn or LocalTurn(folder, self.url)
+        self._local_turn.take()
 
     def tell(self, groups: Iterable[str], events: Sequence[EventRecord]) -> None:
         """From the Faust app's thread: something has changed."""
@@ -178,6 +195,8 @@ class _Life:
         self._letter_topics: tuple[str, ...] = ()
         self._tables: dict[str, Any] = {}
         self._is_loaded = False
+        self._client = client_id(self._clock)
+        self._shared_since: float | None = None
 
     def ask_to_stop(self) -> None:
         """On its loop."""
@@ -189,20 +208,33 @@ class _Life:
         broker = open_broker(self._owner.url, clock=self._clock, environment=self._owner.environment)
         await broker.start()
         try:
+            if broker.folder is not None:
+                self._owner.take_local_turn(broker.folder)
             if not self._board.groups():
                 await self._look_back(broker)
-            await self._await_turn(broker)
-            await self._prepare(broker)
-            with _quiet_loggers():
-                app = self._app(broker)
-                try:
-                    await self._serve(app, broker)
-                finally:
-                    await self._end(app)
+            turn = Turn(broker, self._clock, self._owner.url, self._client)
+            try:
+                await self._live_in_turn(broker, turn)
+            finally:
+                await turn.close()
         except _Restart:
             _log.info("reading dead letters of further topics")
         finally:
             await broker.close()
+
+    async def _live_in_turn(self, broker: Broker, turn: Turn) -> None:
+        self._board.stand("starting", message="waiting for the end of a console that ran before, if there is one")
+        await turn.take(SESSION_SECONDS + 5, self._stopped_within)
+        if self._stop.is_set():
+            return
+        self._board.stand("starting")
+        await self._prepare(broker, turn)
+        with _quiet_loggers():
+            app = self._app(broker)
+            try:
+                await self._serve(app, broker, turn)
+            finally:
+                await self._end(app)
 
     # -- before the start --------------------------------------------------------------------------------------
 
@@ -223,18 +255,7 @@ class _Life:
         self._board.load(lambda table: [(key.decode(), value) for key, value in tables[table].items() if value])
         self._owner.tell(self._board.groups(), ())
 
-    async def _await_turn(self, broker: Broker) -> None:
-        """One console per broker. One that was killed is in the group for some seconds still."""
-        until = self._clock.monotonic() + SESSION_SECONDS + 5
-        while members := await broker.members(GROUP):
-            if broker.folder is not None or self._clock.monotonic() >= until:
-                who = ", ".join(f"{member.client} on {member.host}" for member in members)
-                raise GroupBusyError(f"a console runs on {broker.url} already ({who}): stop it first, or open its page")
-            self._board.stand("starting", message="waiting for the end of a console that ran before")
-            if await self._stopped_within(_LOOK_SECONDS):
-                return
-
-    async def _prepare(self, broker: Broker) -> None:
+    async def _prepare(self, broker: Broker, turn: Turn) -> None:
         async with deadline(60, "prepare the console's topics"):
             present = await broker.topics()
             specs = [
@@ -252,7 +273,7 @@ class _Life:
             present = await broker.topics()
             names = [EVENTS_TOPIC, CONTROL_TOPIC, *self._letter_topics]
             partitions = [TopicPartition(name, n) for name in names for n in range(present[name].partitions)]
-            await self._set_starts(broker, partitions, is_new=bool(set(absent) & set(CONSOLE_TOPICS)))
+            await turn.start(await self._starts(broker, partitions, is_new=bool(set(absent) & set(CONSOLE_TOPICS))))
 
     async def _find_letter_topics(self, broker: Broker) -> tuple[str, ...]:
         """Those that sessions named, and those that are named like one."""
@@ -260,8 +281,10 @@ class _Life:
         found = {name for name in await broker.topics() if name in named or name.endswith(".dlq")}
         return tuple(sorted(found)[:_MOST_LETTER_TOPICS])
 
-    async def _set_starts(self, broker: Broker, partitions: list[TopicPartition], *, is_new: bool) -> None:
-        """Commit where to begin, for partitions whose committed place is missing, lost or too far back."""
+    async def _starts(
+        self, broker: Broker, partitions: list[TopicPartition], *, is_new: bool
+    ) -> dict[TopicPartition, Committed]:
+        """Where to begin, for partitions whose committed place is missing, lost or too far back."""
         committed = await broker.committed(GROUP, partitions)
         earliest = await broker.offsets(partitions, "earliest")
         ends = await broker.offsets(partitions, "end")
@@ -277,15 +300,7 @@ class _Life:
             if not is_sound:
                 starts[tp] = Committed(least)
         self._ends = dict(ends)
-        if starts:
-            producer = broker.transactional_producer(f"{GROUP}.start", timeout=10)
-            try:
-                await producer.start()
-                await producer.begin()
-                await producer.commit_offsets(GROUP, starts)
-                await producer.end()
-            finally:
-                await producer.close()
+        return starts
 
     # -- the app -----------------------------------------------------------------------------------------------
 
@@ -294,7 +309,7 @@ class _Life:
             GROUP,
             autodiscover=False,
             agent_supervisor=CrashingSupervisor,
-            broker_client_id=f"{GROUP}/{platform.node() or 'localhost'}/{os.getpid()}",
+            broker_client_id=self._client,
             broker_commit_interval=2.0,
             broker_heartbeat_interval=3.0,
             broker_request_timeout=_CALL_SECONDS,
@@ -344,14 +359,17 @@ class _Life:
             self._fill({name: table.data for name, table in self._tables.items()})
             self._is_loaded = True
 
-    async def _serve(self, app: faust.App, broker: Broker) -> None:
+    async def _serve(self, app: faust.App, broker: Broker, turn: Turn) -> None:
         if (client := getattr(app.consumer, "_thread", None)) is not None:
             client.Worker = _ClientThread
         await app.start()
+        while not await turn.confirm():
+            self._check_alive(app)
+            if await self._stopped_within(_JOIN_LOOK_SECONDS):
+                return
         written = ends_seen = topics_seen = self._clock.monotonic()
         while not await self._stopped_within(_LOOK_SECONDS):
-            if app.crashed:
-                raise RuntimeError(f"the Faust app failed: {app.crash_reason or 'no reason'}")
+            self._check_alive(app)
             if not self._is_loaded:
                 continue
             self._stand()
@@ -367,6 +385,14 @@ class _Life:
                 topics_seen = now
         if self._is_loaded:
             await self._checkpoint()
+
+    def _check_alive(self, app: faust.App) -> None:
+        if not app.crashed:
+            return
+        reason = app.crash_reason
+        if isinstance(reason, GroupBusyError):
+            raise another_console(self._owner.url)
+        raise RuntimeError(f"the Faust app failed: {reason or 'no reason'}")
 
     async def _end(self, app: faust.App) -> None:
         """Within the time there is; the rest is cut off with the loop."""
@@ -433,13 +459,22 @@ class _Life:
         async with deadline(_CALL_SECONDS, "look at the ends of the console's topics"):
             self._ends = await broker.offsets(list(self._read), "end")
             members = await broker.members(GROUP)
-        if len(members) > 1:
-            raise GroupBusyError("another console has started on this broker")
+        self._check_shared(members)
         is_behind = any(self._read[tp] < end for tp, end in self._ends.items() if tp.topic == EVENTS_TOPIC)
         if not is_behind:
             self._moved = self._clock.monotonic()
         elif self._clock.monotonic() - self._moved > _STALL_SECONDS:
             raise RuntimeError("there are events, and the Faust app reads none")
+
+    def _check_shared(self, members: Sequence[MemberInfo]) -> None:
+        """One that started at the same moment leaves the group soon; somebody who stays takes partitions from us."""
+        if len(members) <= 1:
+            self._shared_since = None
+            return
+        now = self._clock.monotonic()
+        self._shared_since = now if self._shared_since is None else self._shared_since
+        if now - self._shared_since > SESSION_SECONDS + 5:
+            raise another_console(self._owner.url, [each for each in members if each.client != self._client])
 
     async def _look_for_letter_topics(self, broker: Broker) -> None:
         async with deadline(_CALL_SECONDS, "look for dead-letter topics"):
@@ -498,7 +533,10 @@ async def _cut_off(app: faust.App) -> None:
     """End the Kafka consumer's thread, where it has not ended by itself."""
     client = getattr(app.consumer, "_thread", None)
     thread, loop = getattr(client, "_thread", None), getattr(client, "thread_loop", None)
-    if not isinstance(thread, threading.Thread) or loop is None:
+    if loop is None:
+        return
+    if not isinstance(thread, threading.Thread):  # the app failed before it began
+        loop.close()
         return
 
     def cancel() -> None:
@@ -543,8 +581,8 @@ def _connection(url: str, broker: Broker, environment: Mapping[str, str] | None)
     """The broker in Faust's words."""
     if broker.folder is not None:
         return {"broker": URL.build(scheme="local", path=str(broker.folder))}
-    addresses = _addresses(url)
-    security = _security(url, os.environ if environment is None else environment)
+    addresses = addresses_of(url)
+    security = security_of(url, os.environ if environment is None else environment)
     found: dict[str, Any] = {"broker": [URL(f"kafka://{address}") for address in addresses.split(",")]}
     if security is not None:
         found["broker_credentials"] = _credentials(security)

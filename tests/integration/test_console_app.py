@@ -19,9 +19,9 @@ from rowmill.streams.brokers.base import Broker, TopicSpec
 from rowmill.streams.brokers.open import open_broker
 from rowmill.streams.console import faust_app
 from rowmill.streams.console.board import Board
-from rowmill.streams.console.faust_app import CONSOLE_TOPICS, GROUP, ConsoleApp
+from rowmill.streams.console.faust_app import CONSOLE_TOPICS, ConsoleApp
 from rowmill.streams.console.series import Window
-from rowmill.streams.errors import GroupBusyError
+from rowmill.streams.console.turn import GROUP
 from rowmill.streams.event_records import EVENTS_TOPIC, EventRecord
 from rowmill.streams.events import events_topic
 from rowmill.streams.partitioning import partition_for
@@ -169,7 +169,7 @@ async def test_a_second_console_is_refused(broker_url: str, name: str, tmp_path:
     monkeypatch.setattr(faust_app, "SESSION_SECONDS", 6.0)  # how long it waits for one that was killed
     async with telling(broker_url, name) as teller, running(broker_url, tmp_path / "a") as board:
         second = ConsoleApp(broker_url, Board(SystemClock()), SystemClock(), state_dir=tmp_path / "b")
-        with pytest.raises(GroupBusyError, match="a console runs on"):
+        with pytest.raises(ConfigError, match=r"--broker.*another console runs on it \(process \d+ on .*stop it first"):
             await second.run(asyncio.Event())
         await teller.progress(3)
         await until(lambda: rows(board, teller) == 3, 15)

@@ -43,6 +43,7 @@ WORKERS = 8
 """Of pytest-xdist, at most, that take care not to choose each other's ports."""
 
 TOOLS = {
+    "acls": "org.apache.kafka.tools.AclCommand",
     "configs": "kafka.admin.ConfigCommand",
     "console-consumer": "org.apache.kafka.tools.consumer.ConsoleConsumer",
     "console-producer": "org.apache.kafka.tools.ConsoleProducer",

@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -314,7 +315,7 @@ def test_doctor_changes_nothing_by_itself(run: Run, here: Path) -> None:
     """Without --write, doctor does not even make the embedded broker's folder."""
     ran = run("doctor")
     assert ran.code == 0
-    assert "✓ broker    local://.rowmill (not made yet" in ran.out
+    assert "✓ broker            local://.rowmill (not made yet" in ran.out
     assert not (here / ".rowmill").exists()
 
 
@@ -328,11 +329,31 @@ def test_doctor_writes_and_cleans_up(run: Run) -> None:
     assert run("topics", "--json").out == ""
 
 
+def test_doctor_tells_versions_of_what_it_does_not_import(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The console's libraries are named with their versions, from what is installed; one that is missing is a ✗."""
+    names = {"aiohttp": "aiohttp", "ddsketch": "ddsketch", "faust-streaming": "faust", "jinja2": "jinja2"}
+    names["prometheus-client"] = "prometheus_client"
+    for module in names.values():
+        monkeypatch.setitem(sys.modules, module, None)  # an import would fail
+    ran = run("doctor", "--json")
+    checks = {check["name"]: check for check in json.loads(ran.out)["checks"]}
+    assert ran.code == 0
+    assert {name: checks[name]["found"] for name in names} == {name: metadata.version(name) for name in names}
+
+    def version(name: str) -> str:
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(metadata, "version", version)
+    missing = run("doctor")
+    assert missing.code == 1
+    assert "✗ ddsketch          it is not installed" in missing.out
+
+
 def test_doctor_names_a_remedy(run: Run) -> None:
     """An unreachable broker is a ✗ with what to do about it, and exit code 1."""
     ran = run("doctor", "--broker", "kafka://127.0.0.1:1")
     assert ran.code == 1
-    assert "✗ broker    kafka://127.0.0.1:1" in ran.out
+    assert "✗ broker            kafka://127.0.0.1:1" in ran.out
     assert "-> start Kafka there" in ran.out
     assert ran.err == ""
 
@@ -343,10 +364,10 @@ def test_doctor_looks_at_the_state_folder(run: Run, here: Path, broker: str) -> 
     (here / "taken").write_text("a file")
     ran = run("doctor", "--broker", broker, "--state-dir", "taken/state")
     assert ran.code == 1
-    assert f"✗ state     {here / 'taken'}: no folder that you may write to" in ran.out
+    assert f"✗ state             {here / 'taken'}: no folder that you may write to" in ran.out
     assert "-> choose another: --state-dir DIR" in ran.out
     fine = run("doctor", "--broker", broker)
-    assert f"✓ state     {here / '.rowmill' / 'state'}: " in fine.out
+    assert f"✓ state             {here / '.rowmill' / 'state'}: " in fine.out
 
 
 # --- everything ------------------------------------------------------------------------------------------------

@@ -166,6 +166,23 @@ def test_broken_lines_keep_their_bytes(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("content", "rows"),
+    [
+        (b'\xef\xbb\xbf{"a":1}\n{"a":2}\n', [InputRow(b'{"a":1}', b"1"), InputRow(b'{"a":2}', b"2")]),
+        (b'\xef\xbb\xbf\r\n{"a":1}', [InputRow(b'{"a":1}', b"1")]),
+        (b'{"a":1}\n\xef\xbb\xbf{"a":2}', [InputRow(b'{"a":1}', b"1"), InputRow(b'\xef\xbb\xbf{"a":2}')]),
+        (b"\xef\xbb\xbf", []),
+        (b"", []),
+    ],
+)
+def test_json_lines_that_begin_with_a_byte_order_mark(tmp_path: Path, content: bytes, rows: list[InputRow]) -> None:
+    """As in CSV files it belongs to no row, and the first row has its key; anywhere else it is the line's own."""
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(content)
+    assert list(FileInput(path, "a").rows(0)) == rows
+
+
+@pytest.mark.parametrize(
     ("row", "says"),
     [
         ([1], "a row is a dict; this is a list"),

@@ -8,7 +8,8 @@ from rowmill.state.errors import ConfigError
 from rowmill.state.model import Committed
 from rowmill.streams.brokers.base import TopicSpec
 from rowmill.streams.cli.cmd_topics import _known_counts
-from rowmill.streams.console.faust_app import CONSOLE_TOPICS, GROUP
+from rowmill.streams.console.faust_app import CONSOLE_TOPICS
+from rowmill.streams.console.turn import GROUP
 from rowmill.streams.dlq_letters import marks_topic
 from rowmill.streams.known_sessions import find_sessions
 from rowmill.streams.own_topics import CONSOLE_PREFIX, purpose_of
