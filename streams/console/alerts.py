@@ -22,7 +22,7 @@ from ...state.errors import ConfigError
 from ..event_records import EventRecord
 from .alert_rules import Action, AlertRules, Rule
 from .board import Alert, Board
-from .session_board import Facts
+from .session_board import IDLE_STATES, Facts
 
 __all__ = ["Action", "AlertRules", "Alerts", "Rule"]
 
@@ -37,8 +37,6 @@ _MOST_WAITING = 1_000
 _CALL_SECONDS = 10.0
 _GOODBYE_SECONDS = 2.0
 _ALIASES = {"breaker_opened": "breaker_open"}
-_IDLE_STATES = frozenset({"paused", "pausing", "completed", "cancelled", "cancelling"})
-"""In these a session that commits nothing does what was asked of it."""
 
 
 class Found(NamedTuple):
@@ -61,7 +59,7 @@ def found_by(rule: Rule, group: str, facts: Facts) -> Iterator[Found]:
         for resource, worker in facts.breakers.items():
             yield Found(rule.on, group, resource, f"the breaker {resource!r} is open in worker {worker}")
     elif rule.on == "no_progress":
-        if facts.lag and facts.idle_seconds >= rule.seconds and facts.state not in _IDLE_STATES:
+        if facts.lag and facts.idle_seconds >= rule.seconds and facts.state not in IDLE_STATES:
             text = f"{facts.lag:,} rows are left, and none was committed for {facts.idle_seconds:,.0f} s"
             yield Found(rule.on, group, "", text)
     elif rule.on == "lag":
@@ -92,6 +90,7 @@ class Alerts:
         self._functions: dict[str, list[Callable[[Any], Any]]] = {}
         self._outlets = [_Outlet(action.do, self._teller(action)) for action in rules.actions]
         self._calls = _Outlet("functions", self._call)
+        self._has_failed = False
 
     def on(self, kind: str, function: Callable[[Any], Any]) -> None:
         """Have a function called with each new event of a kind; with ``alert``: with each alert as it opens or ends.
@@ -122,7 +121,7 @@ class Alerts:
         try:
             while not stop.is_set():
                 if self._board.standing.state == "live":
-                    self.look()
+                    self._look_on()
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(stop.wait(), _LOOK_SECONDS)
             with contextlib.suppress(TimeoutError):
@@ -131,6 +130,17 @@ class Alerts:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+
+    def _look_on(self) -> None:
+        """Look, and go on after a bug, which is told once."""
+        try:
+            self.look()
+        except Exception:  # noqa: BLE001 - alerts must not end for it
+            if not self._has_failed:
+                _log.exception("alerts cannot be looked for, which is tried again; this is a bug in rowmill")
+            self._has_failed = True
+        else:
+            self._has_failed = False
 
     def look(self) -> None:
         """Compare what rules find now with the alerts that are open."""

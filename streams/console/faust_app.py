@@ -111,6 +111,8 @@ class ConsoleApp:
         self.environment = environment
         self.checkpoint_seconds = checkpoint_seconds
         self.datadir = state_dir / "console"
+        self.has_looked_back = False
+        """Not whether the board knows sessions: the watch may have told it of some by then."""
         self._on_events = on_events
         self._loop: asyncio.AbstractEventLoop | None = None
 
@@ -178,6 +180,7 @@ class _Life:
         self._letter_topics: tuple[str, ...] = ()
         self._tables: dict[str, Any] = {}
         self._is_loaded = False
+        self._has_passed_over = False
 
     def ask_to_stop(self) -> None:
         """On its loop."""
@@ -189,8 +192,9 @@ class _Life:
         broker = open_broker(self._owner.url, clock=self._clock, environment=self._owner.environment)
         await broker.start()
         try:
-            if not self._board.groups():
+            if not self._owner.has_looked_back:
                 await self._look_back(broker)
+                self._owner.has_looked_back = True
             await self._await_turn(broker)
             await self._prepare(broker)
             with _quiet_loggers():
@@ -391,7 +395,7 @@ class _Life:
         news: list[EventRecord] = []
         for event in batch:
             message = event.message
-            known = take(message)
+            known = self._taken(message, take)
             if known is not None:
                 groups[known.group] = None
                 if self._clock.now_ms() - known.written_ms < 60_000:
@@ -401,6 +405,16 @@ class _Life:
             self._messages.append(event)
         self._moved = self._clock.monotonic()
         self._owner.tell(groups, news)
+
+    def _taken(self, message: Any, take: Callable[[Any], EventRecord | None]) -> EventRecord | None:
+        """What a record was. One that cannot be counted is passed over: it would else be read again for ever."""
+        try:
+            return take(message)
+        except Exception:  # noqa: BLE001 - anybody may write to these topics
+            if not self._has_passed_over:
+                _log.exception("%s, offset %d, cannot be counted and is passed over", _tp(message), message.offset)
+            self._has_passed_over = True
+            return None
 
     def _take_event(self, message: Any) -> EventRecord | None:
         written_ms = round(message.timestamp * 1000)

@@ -158,6 +158,27 @@ def test_only_a_live_history_is_judged() -> None:
     assert asyncio.run(scenario()) == []
 
 
+async def test_it_goes_on_after_a_bug(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """Which is told once; a session that cannot be judged now may be judged later."""
+    scene = Scene(Rule(on="lag", over=5))
+    scene.board.stand("live")
+    looks = 0
+
+    def fail(_: str) -> None:
+        nonlocal looks
+        looks += 1
+        raise ArithmeticError("odd")
+
+    monkeypatch.setattr(alerts_module, "_LOOK_SECONDS", 0.001)
+    scene.board.tell(GROUP, lag=6, state="executing")
+    with monkeypatch.context() as patch:
+        patch.setattr(scene.board, "facts", fail)
+        async with running(scene.alerts), asyncio.timeout(10):
+            while looks < 3:
+                await asyncio.sleep(0.001)
+    assert caplog.text.count("this is a bug in rowmill") == 1
+
+
 async def test_functions_hear_of_their_events_in_order(caplog: pytest.LogCaptureFixture) -> None:
     """Plain ones and async ones; one that fails is logged and the next is called; aliases are known."""
     alerts = Alerts(Board(FakeClock()), AlertRules(), FakeClock())
