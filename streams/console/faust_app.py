@@ -527,9 +527,17 @@ async def _cut_off(app: faust.App) -> None:
         await asyncio.to_thread(thread.join, 0.3)
 
 
+def _is_no_cutting_off(record: logging.LogRecord) -> bool:
+    """Whether it tells something else than that a task was cancelled."""
+    return not (record.exc_info and isinstance(record.exc_info[1], asyncio.CancelledError))
+
+
 @contextlib.contextmanager
 def _quiet_loggers() -> Iterator[None]:
-    """Faust tells its life at INFO and warns of what we chose; only its errors are for our log."""
+    """Faust tells its life at INFO and warns of what we chose; only its errors are for our log, and of them not those
+    that it makes of being cut off (which may come after this).
+    """
+    logging.getLogger("faust.agents.actor").addFilter(_is_no_cutting_off)
     loggers = [logging.getLogger(name) for name in ("faust", "mode")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
+import logging
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from rowmill.streams.console.board import Board
-from rowmill.streams.console.faust_app import ConsoleApp, _Life
+from rowmill.streams.console.faust_app import ConsoleApp, _Life, _quiet_loggers
 from support.fake_broker import FakeBroker
 from support.fake_clock import FakeClock
 
@@ -54,3 +56,14 @@ def test_a_record_that_cannot_be_counted_is_passed_over(life: _Life, caplog: pyt
     assert list(life._read.values()) == [3]
     assert len(life._messages) == 3
     assert caplog.text.count("cannot be counted and is passed over") == 1
+
+
+def test_being_cut_off_is_no_news(caplog: pytest.LogCaptureFixture) -> None:
+    """A broker that hangs ends with Faust's tasks cancelled: three tracebacks of it told nobody anything."""
+    log = logging.getLogger("faust.agents.actor")
+    with _quiet_loggers():
+        pass
+    for error in (asyncio.CancelledError(), ValueError("odd")):
+        log.error("crashed with %r", error, exc_info=error)
+    assert "ValueError" in caplog.text
+    assert "CancelledError" not in caplog.text
