@@ -195,3 +195,22 @@ async def test_retry_and_purge(desk: Desk) -> None:
     mark = (await desk.reads.whole(GROUP, "0/0"))["mark"]
     assert (mark["state"], mark["by"]) == ("purged", "you")
     assert len(desk.broker.values("in")) == 3
+
+
+async def test_what_is_refused_is_counted_by_reason(desk: Desk) -> None:
+    """All of it, though only the first ids of each reason are named; and how many are done is told meanwhile."""
+    source = desk.rows[0][0]
+    named = "rowmill.error.topic"
+    odd = (*(each for each in why("score", "ValueError", "odd") if each[0] != named), (named, b"elsewhere"))
+    cut = (*why("score", "ValueError", "cut"), ("rowmill.error.truncated", b"999"))
+    producer = desk.broker.producer()
+    await producer.start()
+    rows = [Outgoing(b"k", b"{}", 1_000, odd)] * 30 + [Outgoing(b"k", b"{}", 1_000, cut)] * 25
+    await (await producer.send(source, rows))
+    await producer.close()
+    outcome = await desk.actions.retry(GROUP, {"dry_run": False}, by="me")
+    assert (outcome["done"], outcome["refusals"]) == (12, 55)
+    assert sorted(each["count"] for each in outcome["refused"]) == [25, 30]
+    last = desk.actions._operations.last(GROUP)
+    assert last is not None
+    assert (last.to_dict()["done"], last.to_dict()["total"]) == (12, 12)
