@@ -8,6 +8,7 @@ import inspect
 import logging
 import os
 import signal
+import threading
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -91,6 +92,8 @@ class Alerts:
         self._outlets = [_Outlet(action.do, self._teller(action)) for action in rules.actions]
         self._calls = _Outlet("functions", self._call)
         self._has_failed = False
+        self._under_way: set[int] = set()
+        """Plain functions that are on their threads."""
 
     def on(self, kind: str, function: Callable[[Any], Any]) -> None:
         """Have a function called with each new event of a kind; with ``alert``: with each alert as it opens or ends.
@@ -205,11 +208,40 @@ class Alerts:
                     if inspect.iscoroutinefunction(function):
                         await function(subject)
                     else:
-                        outcome = await asyncio.to_thread(function, subject)
+                        outcome = await self._on_a_thread(function, subject)
                         if inspect.isawaitable(outcome):
                             await outcome
             except Exception as error:  # noqa: BLE001 - it is the user's, and the next one is to be called
                 _log.warning("a function for %s failed: %s: %s", kind, type(error).__name__, error)
+
+    async def _on_a_thread(self, function: Callable[[Any], Any], subject: Any) -> Any:
+        """What a plain function returns.
+
+        On a thread of its own, as one that never returns must take none of the loop's few, nor keep the program from
+        ending; it is not called again before it has returned.
+        """
+        if id(function) in self._under_way:
+            raise RuntimeError("it has not returned since it was called before")
+        loop = asyncio.get_running_loop()
+        done: asyncio.Future[Any] = loop.create_future()
+
+        def settle(outcome: Any, error: BaseException | None) -> None:
+            self._under_way.discard(id(function))
+            if not done.done():
+                done.set_result(outcome) if error is None else done.set_exception(error)
+
+        def work() -> None:
+            outcome, error = None, None
+            try:
+                outcome = function(subject)
+            except Exception as caught:  # noqa: BLE001 - raised on the other side
+                error = caught
+            with contextlib.suppress(RuntimeError):  # the program has ended meanwhile
+                loop.call_soon_threadsafe(settle, outcome, error)
+
+        self._under_way.add(id(function))
+        threading.Thread(target=work, name="rowmill-console-function", daemon=True).start()
+        return await done
 
 
 class _Outlet:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import sys
+import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -219,6 +220,36 @@ async def test_functions_that_hang_are_left(monkeypatch: pytest.MonkeyPatch, cap
         alerts.hear([event])
     assert heard == ["paused"]
     assert "TimeoutError" in caplog.text
+
+
+async def test_plain_functions_that_hang_take_one_thread(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Of their own, which keeps no program from ending; they are called again when they have returned."""
+    monkeypatch.setattr(alerts_module, "_CALL_SECONDS", 0.05)
+    alerts = Alerts(Board(FakeClock()), AlertRules(), FakeClock())
+    gate, threads, heard = threading.Event(), [threading.current_thread()], asyncio.Event()
+
+    def hang(event: EventRecord) -> None:
+        threads.append(threading.current_thread())
+        if event.subject == "last":
+            loop.call_soon_threadsafe(heard.set)
+        gate.wait(30)
+
+    loop = asyncio.get_running_loop()
+    alerts.on("paused", hang)
+    event = EventRecord(kind="paused", at_ms=1, pipeline="a", session="live", group=GROUP, worker="w")
+    async with running(alerts), asyncio.timeout(20):
+        alerts.hear([event] * 5)
+        await alerts._calls.empty()
+        assert len(threads) == 2
+        assert threads[1].daemon
+        assert caplog.text.count("it has not returned") == 4
+        gate.set()
+        while alerts._under_way:
+            await asyncio.sleep(0.001)
+        alerts.hear([replace(event, subject="last")])
+        await heard.wait()
 
 
 async def test_functions_hear_of_alerts() -> None:
