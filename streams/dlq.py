@@ -37,7 +37,7 @@ from .dlq_letters import (
     place_of,
     with_mark,
 )
-from .dlq_retry import CALL_SECONDS, Order, Outcome, PartitionWork, RefusedError, Router, Stamp, Targets
+from .dlq_retry import CALL_SECONDS, Begun, Order, Outcome, PartitionWork, RefusedError, Router, Stamp, Targets
 from .errors import BrokerError, FencedError, TopicError
 from .loops import LoopThread, run_blocking
 from .session import LIVE, Session, check_topic
@@ -130,7 +130,15 @@ class DeadLetters:
         """What :meth:`retry` (or, without targets, :meth:`purge`) would do now. Changes nothing."""
         return (await self._plan(selection, targets))[0]
 
-    async def retry(self, selection: Selection, targets: Targets, *, by: str = "", timestamp: Stamp = "now") -> Outcome:
+    async def retry(
+        self,
+        selection: Selection,
+        targets: Targets,
+        *,
+        by: str = "",
+        timestamp: Stamp = "now",
+        begun: Begun | None = None,
+    ) -> Outcome:
         """Send rows to where they came from once more, and mark their dead letters, together and once.
 
         A row has its key, value and headers, without those that tell of the error, and ``rowmill.retried``. With a
@@ -142,21 +150,22 @@ class DeadLetters:
             by: who does it, for the marks.
             timestamp: ``now``: as any row that is published now, so that the source's retention does not remove what
                 is old before it is read; ``original``: the row's own.
+            begun: is told when it begins, so that somebody may look how far it is.
 
         Raises:
             TopicError: the topic is missing, or one cannot be written.
             BrokerError: the broker fails again and again. What was sent is marked: the same call goes on.
         """
-        return await self._act(selection, targets, by=by, timestamp=timestamp)
+        return await self._act(selection, targets, by=by, timestamp=timestamp, begun=begun)
 
-    async def purge(self, selection: Selection, *, by: str = "") -> Outcome:
+    async def purge(self, selection: Selection, *, by: str = "", begun: Begun | None = None) -> Outcome:
         """Mark dead letters as done with; their records stay until the topic's retention removes them.
 
         Raises:
             TopicError: the topic is missing, or one cannot be written.
             BrokerError: the broker fails again and again.
         """
-        return await self._act(selection, None, by=by, timestamp="now")
+        return await self._act(selection, None, by=by, timestamp="now", begun=begun)
 
     # --- reading -----------------------------------------------------------------------------------------------
 
@@ -235,10 +244,14 @@ class DeadLetters:
 
     # --- acting ------------------------------------------------------------------------------------------------
 
-    async def _act(self, selection: Selection, targets: Targets | None, *, by: str, timestamp: Stamp) -> Outcome:
+    async def _act(
+        self, selection: Selection, targets: Targets | None, *, by: str, timestamp: Stamp, begun: Begun | None
+    ) -> Outcome:
         planned, partitions = await self._plan(selection, targets)
         outcome = Outcome(missing=planned.missing, marked=planned.marked)
-        outcome.refused, outcome.refusals = planned.refused, planned.refusals
+        outcome.refused, outcome.refusals, outcome.reasons = planned.refused, planned.refusals, planned.reasons
+        if begun is not None:
+            begun(outcome, planned.count)
         if not partitions:
             return outcome
         catalog = Catalog(self.broker, create=self._create, partitions=None, timeout=CALL_SECONDS)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections import Counter
-from collections.abc import AsyncGenerator, Collection, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Collection, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, TypeAlias
@@ -90,6 +90,7 @@ class Outcome:
         done: dead letters by (stage, type).
         targets: rows by topic they go to.
         refused: reason to ids, the first 20 of each.
+        reasons: how many were refused, by reason.
         refusals: how many were refused.
         marked: how many of those asked for were retried or purged before.
         missing: ids asked for that are not there.
@@ -99,6 +100,7 @@ class Outcome:
     done: Counter[tuple[str, str]] = field(default_factory=Counter)
     targets: Counter[str] = field(default_factory=Counter)
     refused: dict[str, list[str]] = field(default_factory=dict)
+    reasons: Counter[str] = field(default_factory=Counter)
     refusals: int = 0
     marked: int = 0
     missing: list[str] = field(default_factory=list)
@@ -112,9 +114,14 @@ class Outcome:
     def refuse(self, letter: DeadLetter, reason: str) -> None:
         """Note one."""
         self.refusals += 1
+        self.reasons[reason] += 1
         ids = self.refused.setdefault(reason, [])
         if len(ids) < 20:
             ids.append(letter.id)
+
+
+Begun: TypeAlias = "Callable[[Outcome, int], object]"
+"""Called when dead letters begin to be sent or marked: with the outcome, which grows, and how many there are to do."""
 
 
 class Router:

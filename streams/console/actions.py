@@ -14,7 +14,7 @@ from ..brokers.base import Broker
 from ..deadlines import deadline
 from ..dlq import DeadLetters, targets_of
 from ..dlq_letters import Selection, parse_id
-from ..dlq_retry import Outcome, Stamp, Targets
+from ..dlq_retry import Begun, Outcome, Stamp, Targets
 from ..operating import ask
 from ..session_records import SessionRecord
 from .answers import not_found
@@ -22,7 +22,7 @@ from .contents import shown_text
 from .guard import is_loopback
 from .letter_reads import LetterReads
 from .letter_reads import Wanted as WantedLetters
-from .operations import Operations
+from .operations import Operations, Progress
 from .watch import Watch
 
 STEER_SECONDS = 30.0
@@ -92,12 +92,14 @@ class Actions:
         if asked["dry_run"] or selection is None:
             return await _dry_run(letters, selection, targets)
 
+        progress = Progress()
+
         async def work() -> dict[str, Any]:
-            outcome = await letters.retry(selection, targets, by=by, timestamp=stamp)
+            outcome = await letters.retry(selection, targets, by=by, timestamp=stamp, begun=_teller(progress))
             self._watch.hurry(group)
             return outcome_of(outcome, is_dry=False)
 
-        return await self._operations.run("retry", group, by, work)
+        return await self._operations.run("retry", group, by, work, progress)
 
     async def purge(self, group: str, asked: Mapping[str, Any], *, by: str) -> dict[str, Any]:
         """Mark dead letters as done with, or tell which would be. Arguments and errors are those of :meth:`retry`."""
@@ -107,12 +109,14 @@ class Actions:
         if asked["dry_run"] or selection is None:
             return await _dry_run(letters, selection, None)
 
+        progress = Progress()
+
         async def work() -> dict[str, Any]:
-            outcome = await letters.purge(selection, by=by)
+            outcome = await letters.purge(selection, by=by, begun=_teller(progress))
             self._watch.hurry(group)
             return outcome_of(outcome, is_dry=False)
 
-        return await self._operations.run("purge", group, by, work)
+        return await self._operations.run("purge", group, by, work, progress)
 
     async def _selection(self, group: str, letters: DeadLetters, asked: Mapping[str, Any]) -> Selection | None:
         """Which dead letters; None: none. A selection without places would mean all of them."""
@@ -129,6 +133,15 @@ class Actions:
         found = wanted.selection()
         places = frozenset(parse_id(each, letters.topic) for each in ids or ())
         return Selection(places, found.stages, found.types, found.since, found.until)
+
+
+def _teller(progress: Progress) -> Begun:
+    """What notes how far a retry or purge is."""
+
+    def begun(outcome: Outcome, total: int) -> None:
+        progress.done, progress.total = (lambda: outcome.count), total
+
+    return begun
 
 
 async def _dry_run(letters: DeadLetters, selection: Selection | None, targets: Targets | None) -> dict[str, Any]:
@@ -165,11 +178,7 @@ def outcome_of(outcome: Outcome, *, is_dry: bool) -> dict[str, Any]:
         ],
         "targets": dict(sorted(outcome.targets.items())),
         "refusals": outcome.refusals,
-        "refused": [
-            # The first twenty of each reason are known by name; where there is one reason only, all were for it.
-            {"reason": shown_text(why), "count": outcome.refusals if len(reasons) == 1 else len(ids), "ids": ids}
-            for why, ids in reasons
-        ],
+        "refused": [{"reason": shown_text(why), "count": outcome.reasons[why], "ids": ids} for why, ids in reasons],
         "marked_before": outcome.marked,
         "missing": outcome.missing[:200],
         "taken_over": outcome.fenced,

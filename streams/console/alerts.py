@@ -8,6 +8,7 @@ import inspect
 import logging
 import os
 import signal
+import threading
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -22,7 +23,7 @@ from ...state.errors import ConfigError
 from ..event_records import EventRecord
 from .alert_rules import Action, AlertRules, Rule
 from .board import Alert, Board
-from .session_board import Facts
+from .session_board import IDLE_STATES, Facts
 
 __all__ = ["Action", "AlertRules", "Alerts", "Rule"]
 
@@ -37,8 +38,6 @@ _MOST_WAITING = 1_000
 _CALL_SECONDS = 10.0
 _GOODBYE_SECONDS = 2.0
 _ALIASES = {"breaker_opened": "breaker_open"}
-_IDLE_STATES = frozenset({"paused", "pausing", "completed", "cancelled", "cancelling"})
-"""In these a session that commits nothing does what was asked of it."""
 
 
 class Found(NamedTuple):
@@ -61,7 +60,7 @@ def found_by(rule: Rule, group: str, facts: Facts) -> Iterator[Found]:
         for resource, worker in facts.breakers.items():
             yield Found(rule.on, group, resource, f"the breaker {resource!r} is open in worker {worker}")
     elif rule.on == "no_progress":
-        if facts.lag and facts.idle_seconds >= rule.seconds and facts.state not in _IDLE_STATES:
+        if facts.lag and facts.idle_seconds >= rule.seconds and facts.state not in IDLE_STATES:
             text = f"{facts.lag:,} rows are left, and none was committed for {facts.idle_seconds:,.0f} s"
             yield Found(rule.on, group, "", text)
     elif rule.on == "lag":
@@ -92,6 +91,9 @@ class Alerts:
         self._functions: dict[str, list[Callable[[Any], Any]]] = {}
         self._outlets = [_Outlet(action.do, self._teller(action)) for action in rules.actions]
         self._calls = _Outlet("functions", self._call)
+        self._has_failed = False
+        self._under_way: set[int] = set()
+        """Plain functions that are on their threads."""
 
     def on(self, kind: str, function: Callable[[Any], Any]) -> None:
         """Have a function called with each new event of a kind; with ``alert``: with each alert as it opens or ends.
@@ -122,7 +124,7 @@ class Alerts:
         try:
             while not stop.is_set():
                 if self._board.standing.state == "live":
-                    self.look()
+                    self._look_on()
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(stop.wait(), _LOOK_SECONDS)
             with contextlib.suppress(TimeoutError):
@@ -131,6 +133,17 @@ class Alerts:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+
+    def _look_on(self) -> None:
+        """Look, and go on after a bug, which is told once."""
+        try:
+            self.look()
+        except Exception:  # noqa: BLE001 - alerts must not end for it
+            if not self._has_failed:
+                _log.exception("alerts cannot be looked for, which is tried again; this is a bug in rowmill")
+            self._has_failed = True
+        else:
+            self._has_failed = False
 
     def look(self) -> None:
         """Compare what rules find now with the alerts that are open."""
@@ -195,11 +208,40 @@ class Alerts:
                     if inspect.iscoroutinefunction(function):
                         await function(subject)
                     else:
-                        outcome = await asyncio.to_thread(function, subject)
+                        outcome = await self._on_a_thread(function, subject)
                         if inspect.isawaitable(outcome):
                             await outcome
             except Exception as error:  # noqa: BLE001 - it is the user's, and the next one is to be called
                 _log.warning("a function for %s failed: %s: %s", kind, type(error).__name__, error)
+
+    async def _on_a_thread(self, function: Callable[[Any], Any], subject: Any) -> Any:
+        """What a plain function returns.
+
+        On a thread of its own, as one that never returns must take none of the loop's few, nor keep the program from
+        ending; it is not called again before it has returned.
+        """
+        if id(function) in self._under_way:
+            raise RuntimeError("it has not returned since it was called before")
+        loop = asyncio.get_running_loop()
+        done: asyncio.Future[Any] = loop.create_future()
+
+        def settle(outcome: Any, error: BaseException | None) -> None:
+            self._under_way.discard(id(function))
+            if not done.done():
+                done.set_result(outcome) if error is None else done.set_exception(error)
+
+        def work() -> None:
+            outcome, error = None, None
+            try:
+                outcome = function(subject)
+            except Exception as caught:  # noqa: BLE001 - raised on the other side
+                error = caught
+            with contextlib.suppress(RuntimeError):  # the program has ended meanwhile
+                loop.call_soon_threadsafe(settle, outcome, error)
+
+        self._under_way.add(id(function))
+        threading.Thread(target=work, name="rowmill-console-function", daemon=True).start()
+        return await done
 
 
 class _Outlet:

@@ -321,6 +321,7 @@ class Board:
         Args:
             contents: the keys and values of a table, by its name. What cannot be read is left out.
         """
+        told = {group: (session.lag, session.state) for group, session in self._sessions.items() if session.state}
         self._sessions, self._letters, self._alerts = OrderedDict(), OrderedDict(), {}
         self._unwritten = []
         for table in reversed(TABLES):  # sessions first
@@ -329,6 +330,9 @@ class Board:
                     self._load(table, key, value)
                 except (ValueError, TypeError, KeyError, AttributeError, ArithmeticError) as error:
                     _log.warning("the console's table %s: %r cannot be read and is left out: %s", table, key, error)
+        for group, (lag, state) in told.items():  # which no table holds: alerts of lag would end and come back
+            session = self._session(group)
+            session.lag, session.state = lag, state
 
     def _load(self, table: str, key: str, value: bytes) -> None:
         if table == "sessions":

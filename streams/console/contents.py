@@ -13,8 +13,10 @@ TEXT_CHARACTERS = 4_096
 """Longest text that is shown, 4 KiB of plain letters."""
 _SHOWN_BYTES = 4_096
 _HEX_BYTES = 1_024
-_PARSED_BYTES = 256 * 1_024
+_PARSED_BYTES = 64 * 1_024
 """Longest value that is looked at to see whether it is JSON."""
+_DEEPEST = 50
+"""How deep JSON may be nested to be shown over several lines: each line is indented by it."""
 
 
 def shown_text(text: str) -> str:
@@ -99,12 +101,32 @@ def _text(value: bytes) -> str | None:
 
 
 def _pretty(value: bytes) -> str | None:
+    """The JSON that it is, over several lines. Written only as far as it is shown: whoever wrote it may have nested it
+    so that a few KB became hundreds of MB of indentation (ran: 240 KB took 8 s and 640 MB).
+    """
     if len(value) > _PARSED_BYTES:
         return None
     try:
-        return shown_text(json.dumps(json.loads(value), indent=2, ensure_ascii=False))
+        parsed = json.loads(value)
     except (ValueError, RecursionError):
         return None
+    if _is_deeper(parsed, _DEEPEST):
+        return None
+    written, length = [], 0
+    for part in json.JSONEncoder(indent=2, ensure_ascii=False).iterencode(parsed):
+        written.append(part)
+        length += len(part)
+        if length > TEXT_CHARACTERS:
+            return f"{shown_text(''.join(written)[:TEXT_CHARACTERS])}… and more"
+    return shown_text("".join(written))
+
+
+def _is_deeper(value: object, levels: int) -> bool:
+    """Whether lists and objects lie in each other deeper than that."""
+    if not isinstance(value, (dict, list)) or not value:
+        return False
+    parts = value.values() if isinstance(value, dict) else value
+    return levels == 0 or any(_is_deeper(part, levels - 1) for part in parts)
 
 
 def hex_dump(value: bytes) -> str:

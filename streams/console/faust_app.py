@@ -41,7 +41,7 @@ from ..events import events_topic
 from ..session import SESSION_HEADER
 from ..session_records import CONTROL_TOPIC
 from .board import TABLES, Board, Change
-from .own_thread import in_thread
+from .own_thread import close_loop, in_thread
 from .turn import GROUP, LocalTurn, Turn, another_console, client_id
 
 TABLE_CONFIG = {"cleanup.policy": "compact", "segment.bytes": str(16 << 20), "segment.ms": "86400000"}
@@ -111,6 +111,8 @@ class ConsoleApp:
         self.environment = environment
         self.checkpoint_seconds = checkpoint_seconds
         self.datadir = state_dir / "console"
+        self.has_looked_back = False
+        """Not whether the board knows sessions: the watch may have told it of some by then."""
         self._on_events = on_events
         self._loop: asyncio.AbstractEventLoop | None = None
         self._local_turn: LocalTurn | None = None
@@ -195,6 +197,7 @@ class _Life:
         self._letter_topics: tuple[str, ...] = ()
         self._tables: dict[str, Any] = {}
         self._is_loaded = False
+        self._has_passed_over = False
         self._client = client_id(self._clock)
         self._shared_since: float | None = None
 
@@ -210,8 +213,9 @@ class _Life:
         try:
             if broker.folder is not None:
                 self._owner.take_local_turn(broker.folder)
-            if not self._board.groups():
+            if not self._owner.has_looked_back:
                 await self._look_back(broker)
+                self._owner.has_looked_back = True
             turn = Turn(broker, self._clock, self._owner.url, self._client)
             try:
                 await self._live_in_turn(broker, turn)
@@ -417,7 +421,7 @@ class _Life:
         news: list[EventRecord] = []
         for event in batch:
             message = event.message
-            known = take(message)
+            known = self._taken(message, take)
             if known is not None:
                 groups[known.group] = None
                 if self._clock.now_ms() - known.written_ms < 60_000:
@@ -427,6 +431,16 @@ class _Life:
             self._messages.append(event)
         self._moved = self._clock.monotonic()
         self._owner.tell(groups, news)
+
+    def _taken(self, message: Any, take: Callable[[Any], EventRecord | None]) -> EventRecord | None:
+        """What a record was. One that cannot be counted is passed over: it would else be read again for ever."""
+        try:
+            return take(message)
+        except Exception:  # noqa: BLE001 - anybody may write to these topics
+            if not self._has_passed_over:
+                _log.exception("%s, offset %d, cannot be counted and is passed over", _tp(message), message.offset)
+            self._has_passed_over = True
+            return None
 
     def _take_event(self, message: Any) -> EventRecord | None:
         written_ms = round(message.timestamp * 1000)
@@ -522,9 +536,13 @@ class _ClientThread(WorkerThread):
         self.daemon = True
 
     def run(self) -> None:
-        """As it is, without a word of how it ended."""
+        """As it is, without a word of how it ended, and with nothing left open."""
+        self.service._close_thread_loop_on_stop = False  # noqa: SLF001 - there is no public name for it
         try:
-            super().run()
+            try:
+                super().run()
+            finally:
+                close_loop(self.service.thread_loop)
         except BaseException as error:  # noqa: BLE001 - it was cut off, or the app has heard of it
             _log.debug("the Kafka consumer's thread has ended: %s: %s", type(error).__name__, error)
 
@@ -551,9 +569,17 @@ async def _cut_off(app: faust.App) -> None:
         await asyncio.to_thread(thread.join, 0.3)
 
 
+def _is_no_cutting_off(record: logging.LogRecord) -> bool:
+    """Whether it tells something else than that a task was cancelled."""
+    return not (record.exc_info and isinstance(record.exc_info[1], asyncio.CancelledError))
+
+
 @contextlib.contextmanager
 def _quiet_loggers() -> Iterator[None]:
-    """Faust tells its life at INFO and warns of what we chose; only its errors are for our log."""
+    """Faust tells its life at INFO and warns of what we chose; only its errors are for our log, and of them not those
+    that it makes of being cut off (which may come after this).
+    """
+    logging.getLogger("faust.agents.actor").addFilter(_is_no_cutting_off)
     loggers = [logging.getLogger(name) for name in ("faust", "mode")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:

@@ -9,17 +9,19 @@ from __future__ import annotations
 
 import asyncio
 import heapq
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 from ...state.clock import Clock
+from ...state.model import TopicPartition
 from ..brokers.base import Broker
+from ..collect import partitions_of
 from ..deadlines import deadline
 from ..dlq import DeadLetters
-from ..dlq_letters import DeadLetter, Selection, parse_id, with_mark
+from ..dlq_letters import DeadLetter, Selection, marks_topic, parse_id, with_mark
 from .answers import RefusedRequestError, not_found
 from .contents import content_of, short_text, shown_text
 from .watch import Watch
@@ -35,6 +37,10 @@ _TURN = 200
 _MOST_KINDS = 500
 _SEARCHED_BYTES = 64 * 1_024
 _LIMIT = 100
+_MOST_REMEMBERED = 8
+"""Answers that are given again while neither the dead letters nor their marks have grown."""
+
+Edges: TypeAlias = tuple[Mapping[TopicPartition, int], Mapping[TopicPartition, int]]
 
 Order = tuple[int, int, int]
 """Time, partition and offset of a row: the newest comes first."""
@@ -120,6 +126,7 @@ class LetterReads:
         self._watch = watch
         self._clock = clock
         self._room = asyncio.Semaphore(_SCANS_AT_ONCE)
+        self._remembered: OrderedDict[tuple[object, ...], tuple[Edges, dict[str, Any]]] = OrderedDict()
 
     def letters_of(self, group: str) -> DeadLetters:
         """A session's dead-letter topic.
@@ -144,10 +151,16 @@ class LetterReads:
         """
         letters, wanted = self.letters_of(group), Wanted.of({"status": "waiting", **asked})
         limit = asked.get("limit", _LIMIT)
+        # A page asks again whenever something of the session changes, and a hundred thousand take seconds to read.
+        question, edges = (letters.topic, wanted, limit, asked.get("after")), await self._edges(letters.topic)
+        before = self._remembered.get(question)
+        if before is not None and before[0] == edges:
+            self._remembered.move_to_end(question)
+            return before[1]
         found = await self._scan(letters, wanted, limit, _order_of(asked.get("after")))
         shown = [letter for _, letter in sorted(found.held, key=lambda each: each[0], reverse=True)]
         kinds = found.counts.most_common(_MOST_KINDS)
-        return {
+        answer = {
             "topic": letters.topic,
             "letters": [brief_of(letter) for letter in shown],
             "next": _cursor(shown[-1]) if shown and found.left > len(shown) else None,
@@ -159,6 +172,20 @@ class LetterReads:
             "scanned": found.scanned,
             "complete": found.is_complete,
         }
+        if found.is_complete:
+            self._remembered[question] = edges, answer
+            while len(self._remembered) > _MOST_REMEMBERED:
+                self._remembered.popitem(last=False)
+        return answer
+
+    async def _edges(self, topic: str) -> Edges:
+        """Where the dead letters and their marks begin and end now."""
+        async with deadline(SCAN_SECONDS, f"look up where {topic} ends"):
+            partitions = await partitions_of(self._broker, [topic, marks_topic(topic)])
+            if not partitions:
+                return {}, {}
+            first = await self._broker.offsets(partitions, "earliest")
+            return first, await self._broker.offsets(partitions, "end")
 
     async def whole(self, group: str, place: str) -> dict[str, Any]:
         """One dead letter, whole, at ``partition/offset``."""

@@ -68,8 +68,9 @@ class Live:
         changed = _Changed(group)
         remove = self._watch.add_listener(changed.note)
         unfollow = self._watch.follow(group) if group is not None else lambda: None
+        response = web.StreamResponse(headers=_HEADERS)
         try:
-            response = await _begin(request)
+            await _begin(request, response)
             await _send(response, "overview", self._news())
             while not self._is_over.is_set():
                 if not await self._either(changed.happened, BEAT_SECONDS):
@@ -129,11 +130,15 @@ class Live:
         await self._topics.partitions(topic, partition)
         self._take_room(self._tails, MOST_TAILS)
         self._tails += 1
+        response = web.StreamResponse(headers=_HEADERS)
         try:
-            response = await _begin(request)
+            await _begin(request, response)
             try:
-                async with asyncio.timeout(MOST_TAIL_SECONDS):
+                async with asyncio.timeout(MOST_TAIL_SECONDS) as time_limit:
                     await self._follow(response, topic, partition)
+            except TimeoutError:
+                if not time_limit.expired():
+                    raise  # whoever reads is too slow
             except RowmillError as error:
                 await _send(response, "failed", described(error)[1])
             await _send(response, "end", {})
@@ -202,11 +207,9 @@ class _Changed:
         return groups
 
 
-async def _begin(request: web.Request) -> web.StreamResponse:
-    response = web.StreamResponse(headers=_HEADERS)
+async def _begin(request: web.Request, response: web.StreamResponse) -> None:
     await response.prepare(request)
     await _write(response, b"retry: %d\n\n" % _RETRY_MS)
-    return response
 
 
 async def _send(response: web.StreamResponse, event: str, data: Any) -> None:

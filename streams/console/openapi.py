@@ -224,6 +224,8 @@ SHAPES: Final[Mapping[str, Schema]] = {
         ended_ms=maybe(MOMENT),
         result=maybe(ANY),
         error=maybe(ANY),
+        done=WHOLE,
+        total=maybe(WHOLE),
         running=FLAG,
     ),
     "Operation": shape(operation=maybe(of("Running"))),

@@ -9,7 +9,7 @@ import asyncio
 import logging
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from ...state.clock import Clock
@@ -29,6 +29,14 @@ Work = Callable[[], Awaitable[dict[str, Any]]]
 
 
 @dataclass(slots=True)
+class Progress:
+    """How far some work is; the work fills it in. ``total``: of how many, None while nobody knows."""
+
+    done: Callable[[], int] = lambda: 0
+    total: int | None = None
+
+
+@dataclass(slots=True)
 class Operation:
     """One of them. ``result`` or ``error`` is there when it has ended; times are milliseconds since the epoch."""
 
@@ -39,10 +47,14 @@ class Operation:
     ended_ms: int | None = None
     result: dict[str, Any] | None = None
     error: dict[str, Any] | None = None
+    progress: Progress = field(default_factory=Progress)
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON."""
-        return {name: getattr(self, name) for name in self.__slots__} | {"running": self.ended_ms is None}
+        told = {name: getattr(self, name) for name in self.__slots__ if name != "progress"}
+        return {
+            **told, "done": self.progress.done(), "total": self.progress.total, "running": self.ended_ms is None,
+        }  # fmt: skip
 
 
 class Operations:
@@ -63,8 +75,15 @@ class Operations:
         """The last one of a session; None if there was none since the console started."""
         return self._last.get(group)
 
-    async def run(self, kind: str, group: str, by: str, work: Work) -> dict[str, Any]:
+    async def run(self, kind: str, group: str, by: str, work: Work, progress: Progress | None = None) -> dict[str, Any]:
         """Do it.
+
+        Args:
+            kind: what it is.
+            group: the session.
+            by: who asked for it.
+            work: does it.
+            progress: what it tells of how far it is.
 
         Returns:
             Its result; or, where it takes longer than a request waits, the operation, whose ``running`` is true.
@@ -80,7 +99,7 @@ class Operations:
             )
         if len(self._running) >= _AT_ONCE:
             raise RefusedRequestError(503, "session", group, "others are under way: try again soon", retry_after=5)
-        operation = Operation(kind, group, by, self._clock.now_ms())
+        operation = Operation(kind, group, by, self._clock.now_ms(), progress=progress or Progress())
         self._last[group] = operation
         self._last.move_to_end(group)
         while len(self._last) > _REMEMBERED:

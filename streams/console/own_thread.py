@@ -90,14 +90,33 @@ def _run(main: Coroutine[Any, Any, None]) -> None:
     try:
         loop.run_until_complete(main)
     finally:
+        close_loop(loop)
+
+
+def close_loop(loop: asyncio.AbstractEventLoop) -> None:
+    """Close a loop that runs no more, and what is left on it: tasks that do not end within a second are left behind."""
+    try:
         left = asyncio.all_tasks(loop)
         for task in left:
             task.cancel()
         if left:
             loop.run_until_complete(asyncio.wait(left, timeout=1.0))
         loop.run_until_complete(loop.shutdown_asyncgens())
+        loop.run_until_complete(_hang_up(loop))
+    finally:
         asyncio.set_event_loop(None)
         loop.close()
+
+
+async def _hang_up(loop: asyncio.AbstractEventLoop) -> None:
+    """Close connections that were left behind: Faust stops a client that is just connecting without them (ran).
+
+    Python has no public list of a loop's transports; without it they would stay open until they are collected.
+    """
+    for transport in list(getattr(loop, "_transports", {}).values()):
+        transport.abort()
+    for _ in range(3):  # abort, connection_lost, and what waits for that
+        await asyncio.sleep(0)
 
 
 def _log_quietly(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:

@@ -373,7 +373,10 @@ class Pages:
         console = self._console
         part = request.query.get("part")
         template: Template = self._templates.get_template(f"{name}_live.html" if part == "live" else f"{name}.html")
-        facts = None if is_bare else console.data.overview()
+        answer = words.get(
+            "answer"
+        )  # of most pages it says how current it is, too: all sessions are not summed up twice
+        facts = None if is_bare else answer if answer and "history" in answer else console.data.overview()
         text = template.render(
             **words,
             broker="" if is_bare else console.shown_broker,

@@ -13,7 +13,7 @@ import itertools
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from decimal import Decimal, InvalidOperation
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias, cast
 
 from ...state.codec import dumps, loads
 from ...state.model import TopicPartition
@@ -31,6 +31,8 @@ OTHER = "other"
 QUANTILES = (0.5, 0.95, 0.99)
 _MOST_BINS = 1_000
 _LARGEST = 2**53
+_MOST_DIGITS = 60
+"""Behind an amount's point."""
 
 
 class Span(NamedTuple):
@@ -176,12 +178,13 @@ def number(value: Any) -> float:
 
 
 def money(value: Any) -> Decimal:
-    """An amount, 0 for what is none."""
+    """An amount, 0 for what is none, or is so small that to write it out takes any number of zeros."""
     try:
         amount = Decimal(value) if isinstance(value, str) and len(value) < 60 else Decimal(0)
     except InvalidOperation:
         return Decimal(0)
-    return amount if amount.is_finite() and 0 <= amount < _LARGEST else Decimal(0)
+    is_sound = amount.is_finite() and 0 <= amount < _LARGEST and cast(int, amount.as_tuple().exponent) >= -_MOST_DIGITS
+    return amount if is_sound else Decimal(0)
 
 
 # -- windows -----------------------------------------------------------------------------------------------------

@@ -49,6 +49,9 @@ _NEW_WORKER_MS = 15_000
 _LATE_MS = 20_000
 _MINUTE_MS = 60_000
 
+IDLE_STATES = frozenset({"paused", "pausing", "completed", "cancelled", "cancelling"})
+"""In these a session that commits nothing does what was asked of it."""
+
 
 @dataclass(slots=True)
 class WorkerBoard:
@@ -90,6 +93,8 @@ class SessionBoard:
         self.lag: int | None = None
         self.state = ""
         """What the exact figures say of it, as last told."""
+        self.waits_ms = 0
+        """Since when rows are left that are to be worked on; 0 while there are none, or nobody shall."""
         self.positions: Positions = {}
         self._wish = ""
         self._lately: deque[tuple[int, int]] = deque(maxlen=10_000)
@@ -221,6 +226,8 @@ class SessionBoard:
     def tell(self, lag: int | None, state: str, now_ms: int) -> None:
         """The exact figures: lag belongs to the windows of this moment."""
         self.lag, self.state = lag, state
+        if lag is not None:
+            self.waits_ms = 0 if not lag or state in IDLE_STATES else self.waits_ms or now_ms
         if lag is None or not (lag or self.workers):
             return
         for window in WINDOWS:
@@ -295,6 +302,7 @@ class SessionBoard:
                 "session": self.session,
                 "newest_ms": self.newest_ms,
                 "row_ms": self.row_ms,
+                "waits_ms": self.waits_ms,
                 "order": self.order,
                 "dead_letters": self.dead_letters,
                 "budget": self.budget,
@@ -315,6 +323,7 @@ class SessionBoard:
             raise ValueError(f"version {content['v']} of the console's tables, this one reads {VERSION}")
         self.pipeline, self.session = content["pipeline"], content["session"]
         self.newest_ms, self.row_ms = content["newest_ms"], content["row_ms"]
+        self.waits_ms = content.get("waits_ms", 0)
         self.order, self.dead_letters = content["order"], content["dead_letters"]
         self.budget, self.positions = content["budget"], content["positions"]
         self._wish = content["wish"]
@@ -384,10 +393,12 @@ class SessionBoard:
         """What rules look at."""
         while self._lately and self._lately[0][0] <= now_ms - _MINUTE_MS:
             self._lately.popleft()
+        # A session that had nothing to do, or was paused, is not late with the rows that came to it just now.
+        idle_ms = now_ms - max(self.row_ms or now_ms, self.waits_ms)
         return Facts(
             self.lag,
             self.state,
-            max(0, now_ms - (self.row_ms or now_ms)) / 1000,
+            max(0, idle_ms) / 1000,
             self.budget_fraction(),
             self.open_breakers(now_ms),
             sum(count for _, count in self._lately),
@@ -467,7 +478,7 @@ class Facts:
     Attributes:
         lag: rows left; None where nobody told.
         state: the word that ``rowmill status`` shows; "" where nobody told.
-        idle_seconds: since rows were committed last.
+        idle_seconds: since rows were committed last, or there were any to be worked on.
         budget: the fraction of it that is spent; None without one.
         breakers: those that are open, and a worker in which they are.
         dead_letters: within the last minute.

@@ -18,7 +18,7 @@ from ..errors import BrokerError, TopicError
 from ..known_sessions import recorded_session
 from ..own_topics import purpose_of
 from .answers import not_found
-from .contents import content_of
+from .contents import TEXT_CHARACTERS, content_of
 from .letter_reads import headers_of
 from .watch import Watch
 
@@ -171,23 +171,23 @@ class TopicReads:
         self, starts: Mapping[TopicPartition, int], ends: Mapping[TopicPartition, int], limit: int, *, newest: bool
     ) -> tuple[list[dict[str, Any]], bool]:
         """Up to so many records, as JSON and within a size; and whether nothing was left out for want of time."""
-        held: list[tuple[tuple[int, int, int], dict[str, Any]]] = []
+        held: list[tuple[tuple[int, int, int], Record]] = []
         size, is_complete = 0, True
         try:
             async with asyncio.timeout(READ_SECONDS):
                 async for record in records_between(self._broker, starts, ends):
-                    order = (record.timestamp, record.partition, record.offset)
+                    each = ((record.timestamp, record.partition, record.offset), record)
                     if newest and len(held) >= limit:
-                        heapq.heappushpop(held, (order, record_of(record)))
+                        heapq.heappushpop(held, each)
                         continue
-                    shown = record_of(record)
-                    size += _size(shown)
-                    heapq.heappush(held, (order, shown))
+                    heapq.heappush(held, each)
+                    size += _least_size(record)
                     if not newest and (len(held) >= limit or size >= _ANSWER_BYTES):
                         break
         except TimeoutError:
             is_complete = False
-        found = [shown for _, shown in sorted(held, key=lambda each: each[0], reverse=newest)]
+        # Only of those that are shown: of many partitions most are read and passed over.
+        found = [await _in_turn(record) for _, record in sorted(held, key=lambda each: each[0], reverse=newest)]
         return _within(found, _ANSWER_BYTES), is_complete
 
 
@@ -233,6 +233,18 @@ def record_of(record: Record) -> dict[str, Any]:
         "value": content_of(record.value),
         "headers": headers_of(record.headers),
     }
+
+
+async def _in_turn(record: Record) -> dict[str, Any]:
+    """A record as JSON; then others have their turn on the event loop, as making JSON readable takes a while."""
+    shown = record_of(record)
+    await asyncio.sleep(0)
+    return shown
+
+
+def _least_size(record: Record) -> int:
+    """What its JSON takes at least, before it is made."""
+    return 200 + min(len(record.value or b""), TEXT_CHARACTERS)
 
 
 def _size(shown: Mapping[str, Any]) -> int:

@@ -134,14 +134,13 @@ class Watch:
                 async with deadline(self._timeout, "look the broker up"):
                     self._info = await self._broker.info()
             found = await self._reader.statuses()
+            self._took = self._clock.monotonic() - began
+            self._keep({status.record.group: status for status in found})
         except RowmillError as error:
             self._fail(str(error))
         except Exception as error:  # a bug in there must not end the watch, nor hide
             log.exception("sessions cannot be looked up")
             self._fail(f"this is a bug in rowmill: {type(error).__name__}: {error}")
-        else:
-            self._took = self._clock.monotonic() - began
-            self._keep({status.record.group: status for status in found})
         self._first.set()
 
     def _fail(self, message: str) -> None:
@@ -194,6 +193,9 @@ class Watch:
             found = await reader.statuses(group)
         except RowmillError as error:
             log.debug("%s cannot be looked up: %s", group, error)
+            return
+        except Exception:  # a bug in there must not end the watch
+            log.exception("%s cannot be looked up", group)
             return
         before = self._statuses.get(group)
         if found and before is not None:
@@ -258,7 +260,10 @@ class Watch:
 
     def _tell(self, groups: frozenset[str]) -> None:
         for listener in list(self._listeners):
-            listener(groups)
+            try:
+                listener(groups)
+            except Exception:  # one that fails disturbs nobody, least of all the watch
+                log.exception("a listener of the watch failed")
 
     # --- reading -----------------------------------------------------------------------------------------------
 

@@ -73,6 +73,25 @@ def test_every_page_fits(visitor: Visit, samples: Serve, width: int, scheme: str
         page.close()
 
 
+def test_tabs_that_nobody_sees_let_go_of_their_stream(visitor: Visit, samples: Serve) -> None:
+    """A browser has six connections to one address: with one held by each tab, the seventh page would never come."""
+    person, url = visitor(), samples()
+    seen = "Object.defineProperty(document, 'hidden', {get: () => %s, configurable: true});"
+    seen += "document.dispatchEvent(new Event('visibilitychange'))"
+    pages: list[Page] = []
+    for n in range(8):
+        if n == 6:
+            pages[-1].wait_for_timeout(4_000)  # who turns to another tab for a moment keeps his
+        page = person.page()
+        page.goto(f"{url}/")
+        expect(page.locator("#connection")).to_have_text("live")
+        page.evaluate(seen % "true")
+        pages.append(page)
+    with pages[0].expect_response(re.compile("part=live")):
+        pages[0].evaluate(seen % "false")
+    expect(pages[0].locator("#connection")).to_have_text("live")
+
+
 def test_what_comes_from_topics_stays_text(visitor: Visit, samples: Serve) -> None:
     """Markup in keys, values, headers and messages is shown as it is; no script of it runs, no image is asked for."""
     person, url = visitor(), samples()

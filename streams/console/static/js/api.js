@@ -44,6 +44,19 @@ export function post(path, body) {
   });
 }
 
+// How far it is, told every second until the promise has settled: to the one who waits for it.
+export function watched(group, promise, tell) {
+  const timer = setInterval(async () => {
+    try {
+      const { operation } = await get(address("sessions", group, "operation"));
+      if (operation?.running && operation.total) tell(operation.done, operation.total);
+    } catch {
+      // The promise itself says what is wrong.
+    }
+  }, 1_000);
+  return promise.finally(() => clearInterval(timer));
+}
+
 // What takes longer than a request waits goes on in the console, and is asked about until it has ended.
 export async function finished(group, result) {
   let last = result;

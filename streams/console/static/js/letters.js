@@ -1,6 +1,6 @@
 // Dead letters: a look into one beside the list, and retry or purge of some or of all that a filter finds. What would
 // happen is asked first (a dry run), and shown before anything is done.
-import { address, finished, post } from "./api.js";
+import { address, finished, post, watched } from "./api.js";
 import { changed } from "./live.js";
 import { count, dialog, make, note, plural, prepare } from "./ui.js";
 import { refreshTimes } from "./times.js";
@@ -49,7 +49,8 @@ async function act(action, group, name, ids) {
     ok: words.verb,
     isDanger: action === "purge",
     run: async () => {
-      const outcome = await finished(group, await post(address("sessions", group, "dead-letters", action), { ...what, dry_run: false }));
+      const doing = post(address("sessions", group, "dead-letters", action), { ...what, dry_run: false }).then((result) => finished(group, result));
+      const outcome = await watched(group, doing, (done, total) => body.replaceChildren(make("p", { textContent: `${count(done)} of ${count(total)} done` })));
       note(`${plural(outcome.done, "dead letter")} ${words.done}${outcome.refusals ? `; ${count(outcome.refusals)} refused` : ""}`);
       closeLetter();
       if (!document.querySelector("#live")) location.assign(`/sessions/${encodeURIComponent(group)}/dead-letters`);

@@ -7,11 +7,15 @@ const OF_A_SESSION = ["session", "replay", "letters"];
 const LEAST_MS = WATCH === "letters" ? 3_000 : 1_000;
 const SOON_MS = 100;
 const SILENT_MS = 25_000;
+// A browser has six connections to one address for all its tabs: those that nobody sees let go of theirs, or the
+// seventh tab would wait for ever.
+const HIDDEN_MS = 3_000;
 let last = 0;
 let timer = 0;
 let due = Infinity;
 let isWaiting = false;
 let heardActivity;
+let disconnect = null;
 
 function onMessage(kind, message) {
   if (kind === "overview") {
@@ -55,6 +59,7 @@ function show(state) {
 }
 
 function connect() {
+  if (disconnect || document.hidden) return;
   let heard = Date.now();
   const query = OF_A_SESSION.includes(WATCH) ? `?group=${encodeURIComponent(GROUP)}` : "";
   const source = new EventSource(`/api/v1/live${query}`);
@@ -74,10 +79,25 @@ function connect() {
   const watch = setInterval(() => {
     if (source.readyState !== EventSource.CLOSED && Date.now() - heard < SILENT_MS) return;
     show("lost");
-    clearInterval(watch);
-    source.close();
+    disconnect();
     setTimeout(connect, 2_000);
   }, 2_000);
+  disconnect = () => {
+    clearInterval(watch);
+    source.close();
+    disconnect = null;
+  };
+}
+
+// Whoever comes back to a page sees how it is now: connecting asks for it.
+function connectWhileSeen() {
+  let leaving = 0;
+  document.addEventListener("visibilitychange", () => {
+    clearTimeout(leaving);
+    if (!document.hidden) connect();
+    else leaving = setTimeout(() => disconnect?.(), HIDDEN_MS);
+  });
+  connect();
 }
 
 // What server and scripts each own: an open <details>, and parts that scripts draw, are not the server's.
@@ -116,5 +136,5 @@ export function startLive(merged) {
   else if (WATCH === "topics") {
     document.getElementById("connection").hidden = true;
     setInterval(changed, 10_000);
-  } else connect();
+  } else connectWhileSeen();
 }

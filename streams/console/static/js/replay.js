@@ -91,8 +91,8 @@ function confirm() {
     isDanger: true,
     run: async () => {
       const done = await finished(group, await post(address("sessions", group, "replay", "execute"), { plan_id: plan.plan_id }));
-      const failed = Object.entries(done.failed ?? {});
-      if (failed.length) throw new Error(`${plural(failed.length, "partition")} were not moved: ${failed.map(([tp, why]) => `${tp}: ${why}`).join("; ")}. What has moved stays: make the plan again, and execute it.`);
+      const failed = done.failed ?? [];
+      if (failed.length) throw new Error(`${plural(failed.length, "partition")} were not moved: ${failed.map((each) => `${each.topic}/${each.partition}: ${each.message}`).join("; ")}. What has moved stays: make the plan again, and execute it.`);
       const place = document.getElementById("plan");
       place.replaceChildren(make("p", { className: "notice tone-busy" }, make("span", { textContent: `Done at ${dateText(Date.now())}: ${plural((done.moved ?? plan.moves).length, "partition")} moved. ` }), make("a", { href: `/sessions/${encodeURIComponent(group)}`, textContent: "See the session; if it is paused, resume it there." })));
       note(`${name} has moved`);

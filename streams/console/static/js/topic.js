@@ -4,6 +4,7 @@ import { make, note, plural, prepare } from "./ui.js";
 import { localInput, refreshTimes } from "./times.js";
 
 const MOST = 200;
+const LATEST_MS = 253_402_300_799_000; // the end of year 9999: producers may date their records as they like
 const units = ["B", "KiB", "MiB", "GiB"];
 function size(bytes) {
   let unit = 0;
@@ -60,7 +61,7 @@ const brief = (it, none) => (it === null ? none : it.text ?? `${size(it.size)} t
 const part = (name) => make("h2", { className: "part", textContent: name });
 
 function record(it) {
-  const when = make("time", { dateTime: new Date(it.timestamp_ms).toISOString(), data: { form: "date" } });
+  const when = make("time", { dateTime: new Date(Math.min(Math.max(it.timestamp_ms, 0), LATEST_MS)).toISOString(), data: { form: "date" } });
   const summary = make("summary", {},
     make("code", { className: "record-place", textContent: `${it.partition}/${it.offset}` }), when,
     make("code", { className: "record-key clip", textContent: brief(it.key, "no key").slice(0, 80) }),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import sys
+import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -158,6 +159,27 @@ def test_only_a_live_history_is_judged() -> None:
     assert asyncio.run(scenario()) == []
 
 
+async def test_it_goes_on_after_a_bug(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """Which is told once; a session that cannot be judged now may be judged later."""
+    scene = Scene(Rule(on="lag", over=5))
+    scene.board.stand("live")
+    looks = 0
+
+    def fail(_: str) -> None:
+        nonlocal looks
+        looks += 1
+        raise ArithmeticError("odd")
+
+    monkeypatch.setattr(alerts_module, "_LOOK_SECONDS", 0.001)
+    scene.board.tell(GROUP, lag=6, state="executing")
+    with monkeypatch.context() as patch:
+        patch.setattr(scene.board, "facts", fail)
+        async with running(scene.alerts), asyncio.timeout(10):
+            while looks < 3:
+                await asyncio.sleep(0.001)
+    assert caplog.text.count("this is a bug in rowmill") == 1
+
+
 async def test_functions_hear_of_their_events_in_order(caplog: pytest.LogCaptureFixture) -> None:
     """Plain ones and async ones; one that fails is logged and the next is called; aliases are known."""
     alerts = Alerts(Board(FakeClock()), AlertRules(), FakeClock())
@@ -198,6 +220,36 @@ async def test_functions_that_hang_are_left(monkeypatch: pytest.MonkeyPatch, cap
         alerts.hear([event])
     assert heard == ["paused"]
     assert "TimeoutError" in caplog.text
+
+
+async def test_plain_functions_that_hang_take_one_thread(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Of their own, which keeps no program from ending; they are called again when they have returned."""
+    monkeypatch.setattr(alerts_module, "_CALL_SECONDS", 0.05)
+    alerts = Alerts(Board(FakeClock()), AlertRules(), FakeClock())
+    gate, threads, heard = threading.Event(), [threading.current_thread()], asyncio.Event()
+
+    def hang(event: EventRecord) -> None:
+        threads.append(threading.current_thread())
+        if event.subject == "last":
+            loop.call_soon_threadsafe(heard.set)
+        gate.wait(30)
+
+    loop = asyncio.get_running_loop()
+    alerts.on("paused", hang)
+    event = EventRecord(kind="paused", at_ms=1, pipeline="a", session="live", group=GROUP, worker="w")
+    async with running(alerts), asyncio.timeout(20):
+        alerts.hear([event] * 5)
+        await alerts._calls.empty()
+        assert len(threads) == 2
+        assert threads[1].daemon
+        assert caplog.text.count("it has not returned") == 4
+        gate.set()
+        while alerts._under_way:
+            await asyncio.sleep(0.001)
+        alerts.hear([replace(event, subject="last")])
+        await heard.wait()
 
 
 async def test_functions_hear_of_alerts() -> None:

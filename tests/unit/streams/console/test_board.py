@@ -353,3 +353,44 @@ def test_a_session_with_very_many_workers_fits_into_a_record(feed: Feed) -> None
         feed.progress(5, worker=f"worker-{n}", stages=stages)
     sizes = [len(change.value or b"") for change in feed.board.changes()]
     assert max(sizes) < 900_000
+
+
+def test_rows_that_have_just_come_are_not_late(feed: Feed) -> None:
+    """A session that had nothing to do for an hour, or was paused, begins to be idle when there is something to do."""
+
+    def idle_seconds() -> float:
+        facts = feed.board.facts(GROUP)
+        assert facts is not None
+        return facts.idle_seconds
+
+    feed.progress(5)
+    feed.board.tell(GROUP, lag=0, state="executing")
+    feed.clock.advance(3_600)
+    feed.board.tell(GROUP, lag=7, state="executing")
+    assert idle_seconds() == 0
+    feed.clock.advance(40)
+    feed.board.tell(GROUP, lag=9, state="executing")
+    assert idle_seconds() == 40
+    board = feed.restarted()
+    facts = board.facts(GROUP)
+    assert facts is not None
+    assert facts.idle_seconds == 40
+    feed.board.tell(GROUP, lag=9, state="paused")
+    feed.clock.advance(600)
+    feed.board.tell(GROUP, lag=9, state="executing")
+    assert idle_seconds() == 0
+    feed.clock.advance(90)
+    feed.progress(6)
+    assert idle_seconds() == 0
+
+
+def test_tables_that_are_read_again_forget_no_lag(feed: Feed) -> None:
+    """No table holds it; without it, alerts that look at it would end and begin again."""
+    feed.progress(5)
+    feed.board.tell(GROUP, lag=7, state="executing")
+    feed.board.tell("rowmill.b", lag=3, state="idle")
+    feed.board.load(lambda _: [])
+    for group, lag in ((GROUP, 7), ("rowmill.b", 3)):
+        facts = feed.board.facts(group)
+        assert facts is not None
+        assert facts.lag == lag

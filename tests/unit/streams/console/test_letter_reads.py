@@ -72,6 +72,34 @@ async def test_pages(desk: Desk) -> None:
     assert (found["total"], found["waiting"], found["scanned"], found["complete"]) == (12, 12, 12, True)
 
 
+async def test_what_has_not_grown_is_not_read_again(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A page asks whenever something changes in its session; another dead letter, or a mark, is seen at once."""
+    scans = 0
+    scan = desk.reads._scan
+
+    async def counted(*args: Any) -> Any:
+        nonlocal scans
+        scans += 1
+        return await scan(*args)
+
+    monkeypatch.setattr(desk.reads, "_scan", counted)
+    first = await desk.reads.briefs(GROUP, {"limit": 5})
+    assert await desk.reads.briefs(GROUP, {"limit": 5}) == first
+    assert scans == 1
+    assert (await desk.reads.briefs(GROUP, {"limit": 5, "status": "all"}))["total"] == 12
+    assert scans == 2
+    producer = desk.broker.producer()
+    await producer.start()
+    await (await producer.send(*(desk.rows[0][0], [desk.rows[0][1]])))
+    await producer.close()
+    assert (await desk.reads.briefs(GROUP, {"limit": 5}))["total"] == 13
+    await desk.actions.purge(GROUP, {"dry_run": False, "ids": ["0/0"]}, by="me")
+    assert (await desk.reads.briefs(GROUP, {"limit": 5}))["total"] == 12
+    for n in range(40):
+        await desk.reads.briefs(GROUP, {"limit": 5, "text": f"{n}"})
+    assert len(desk.reads._remembered) == letter_reads._MOST_REMEMBERED
+
+
 @pytest.mark.parametrize(
     ("asked", "count"),
     [
@@ -167,3 +195,22 @@ async def test_retry_and_purge(desk: Desk) -> None:
     mark = (await desk.reads.whole(GROUP, "0/0"))["mark"]
     assert (mark["state"], mark["by"]) == ("purged", "you")
     assert len(desk.broker.values("in")) == 3
+
+
+async def test_what_is_refused_is_counted_by_reason(desk: Desk) -> None:
+    """All of it, though only the first ids of each reason are named; and how many are done is told meanwhile."""
+    source = desk.rows[0][0]
+    named = "rowmill.error.topic"
+    odd = (*(each for each in why("score", "ValueError", "odd") if each[0] != named), (named, b"elsewhere"))
+    cut = (*why("score", "ValueError", "cut"), ("rowmill.error.truncated", b"999"))
+    producer = desk.broker.producer()
+    await producer.start()
+    rows = [Outgoing(b"k", b"{}", 1_000, odd)] * 30 + [Outgoing(b"k", b"{}", 1_000, cut)] * 25
+    await (await producer.send(source, rows))
+    await producer.close()
+    outcome = await desk.actions.retry(GROUP, {"dry_run": False}, by="me")
+    assert (outcome["done"], outcome["refusals"]) == (12, 55)
+    assert sorted(each["count"] for each in outcome["refused"]) == [25, 30]
+    last = desk.actions._operations.last(GROUP)
+    assert last is not None
+    assert (last.to_dict()["done"], last.to_dict()["total"]) == (12, 12)

@@ -236,6 +236,7 @@ def test_stage_figures_are_in_the_order_of_the_chain() -> None:
         (number, float("inf"), 0.0),
         (money, "1E-7", Decimal("1E-7")),
         (money, "Infinity", 0),
+        (money, "1E-99999999", 0),
         (money, "x", 0),
     ],
 )

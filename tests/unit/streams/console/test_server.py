@@ -15,7 +15,7 @@ from rowmill.streams.console import api, console
 from rowmill.streams.console.actions import console_user, outcome_of
 from rowmill.streams.console.answers import RefusedRequestError, described, error_answer
 from rowmill.streams.console.console import Server, listen
-from rowmill.streams.console.operations import Operations
+from rowmill.streams.console.operations import Operations, Progress
 from rowmill.streams.console.routes import ROUTES
 from rowmill.streams.dlq_letters import DeadLetter
 from rowmill.streams.dlq_retry import Outcome
@@ -176,8 +176,10 @@ async def test_what_takes_longer_than_a_request_waits_goes_on() -> None:
         await gate.wait()
         raise BrokerError("gone")
 
-    told = await operations.run("retry", "rowmill.p", "ann", work)
+    progress = Progress(lambda: 3, 7)
+    told = await operations.run("retry", "rowmill.p", "ann", work, progress)
     assert (told["running"], told["kind"], told["result"]) == (True, "retry", None)
+    assert (told["done"], told["total"]) == (3, 7)
     gate.set()
     async with asyncio.timeout(5):
         while (last := operations.last("rowmill.p")) is None or last.error is None:

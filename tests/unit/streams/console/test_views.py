@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 from typing import Any
 
 import pytest
@@ -33,6 +34,29 @@ NOW = 1_750_000_007_000
 def test_texts(text: str, shown: str) -> None:
     """Long ones are cut with a note; nothing is left that JSON has no form for."""
     assert shown_text(text) == shown
+
+
+@pytest.mark.parametrize(
+    ("value", "is_json"),
+    [
+        (b"[" * 40 + b"1" + b"]" * 40, True),
+        (b"[" * 900 + b",".join([b"1"] * 30_000) + b"]" * 900, False),
+        (b"[" * 30_000, False),
+        (b'{"a":' * 60_000, False),
+        (b"[" + b",".join([b'"abc"'] * 10_000) + b"]", True),
+        (b"[" + b"1," * 40_000 + b"1]", False),
+    ],
+)
+def test_json_that_is_made_to_grow(value: bytes, is_json: bool) -> None:
+    """What somebody nested so that indentation would make a hundred megabytes of it is shown as text, and at once."""
+    tracemalloc.start()
+    content = Content.of(value)
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert content is not None
+    assert (content.json is not None) == is_json
+    assert len(content.json or "") < 5_000
+    assert most < 8 << 20
 
 
 @pytest.mark.parametrize(

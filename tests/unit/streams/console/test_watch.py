@@ -202,6 +202,23 @@ async def test_it_runs_until_it_is_cancelled(watch: Watch, looks: Looks) -> None
     assert frozenset({"rowmill.z"}) not in heard
 
 
+async def test_what_fails_while_it_tells_does_not_end_it(watch: Watch, looks: Looks) -> None:
+    """Neither somebody who listens, nor the board: figures would stand still, and nobody would know why."""
+    heard: list[frozenset[str]] = []
+
+    def fail(_: frozenset[str]) -> None:
+        raise ValueError("odd")
+
+    watch.add_listener(fail)
+    watch.add_listener(heard.append)
+    looks.found = [a_status("p")]
+    await watch.refresh()
+    assert heard == [frozenset({"rowmill.p"})]
+    watch.board.tell = fail  # type: ignore[assignment, method-assign]
+    await watch.refresh()
+    assert "this is a bug" in (watch.overview().refresh_error or "")
+
+
 async def test_open_alerts_are_counted(watch: Watch, looks: Looks) -> None:
     """Those that were closed are shown, and not counted."""
     looks.found = [a_status("p")]
