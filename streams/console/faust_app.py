@@ -26,7 +26,7 @@ from mode.threads import WorkerThread
 from yarl import URL
 
 from ...state.clock import Clock
-from ...state.errors import ConfigError
+from ...state.errors import ConfigError, RowmillError
 from ...state.model import Committed, TopicPartition
 from ..brokers.base import Broker, MemberInfo, TopicSpec
 from ..brokers.open import addresses_of, open_broker, security_of
@@ -42,6 +42,7 @@ from ..session import SESSION_HEADER
 from ..session_records import CONTROL_TOPIC
 from .board import TABLES, Board, Change
 from .own_thread import close_loop, in_thread
+from .transport import Consumer as LocalConsumer
 from .turn import GROUP, LocalTurn, Turn, another_console, client_id
 
 TABLE_CONFIG = {"cleanup.policy": "compact", "segment.bytes": str(16 << 20), "segment.ms": "86400000"}
@@ -54,6 +55,7 @@ MOST_LETTERS = 20_000
 CHECKPOINT_SECONDS = 5.0
 BATCH = 2_000
 STOP_SECONDS = 4.5
+_LET_GO_SECONDS = 1.0
 SESSION_SECONDS = 10.0
 
 _CALL_SECONDS = 15.0
@@ -405,6 +407,7 @@ class _Life:
         if not stopping.done():
             _log.warning("the console's Faust app did not stop in time: it is cut off")
             stopping.cancel()
+            await _let_go(app)
         elif error := stopping.exception():
             _log.warning("the console's Faust app did not stop in order: %s: %s", type(error).__name__, error)
         await _cut_off(app)
@@ -545,6 +548,15 @@ class _ClientThread(WorkerThread):
                 close_loop(self.service.thread_loop)
         except BaseException as error:  # noqa: BLE001 - it was cut off, or the app has heard of it
             _log.debug("the Kafka consumer's thread has ended: %s: %s", type(error).__name__, error)
+
+
+async def _let_go(app: faust.App) -> None:
+    """Leave the group of an embedded broker, which has no session timeout that would do so later."""
+    consumer = getattr(app, "_consumer", None)
+    if isinstance(consumer, LocalConsumer):
+        with contextlib.suppress(TimeoutError, RowmillError):
+            async with asyncio.timeout(_LET_GO_SECONDS):
+                await consumer.let_go()
 
 
 async def _cut_off(app: faust.App) -> None:

@@ -120,6 +120,15 @@ class Consumer(base.Consumer):
             await self._leave()
             await self._link.broker.close()
 
+    async def let_go(self) -> None:
+        """Leave the group and close the broker, whatever else hangs: for an app that does not stop in time. The group
+        would else be served by this process, and by nobody in it.
+        """
+        try:
+            await self._leave()
+        finally:
+            await self._link.broker.close()
+
     # -- the group ---------------------------------------------------------------------------------------------
 
     async def subscribe(self, topics: Iterable[str]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import sqlite3
 import sys
 import threading
 from collections.abc import AsyncIterator, Callable
@@ -316,6 +317,26 @@ async def test_a_broker_that_goes_away_and_comes_back(name: str, tmp_path: Path,
             await until(lambda: rows(board, teller) == 17, 90)
         await asyncio.to_thread(server.kill)
         await asyncio.sleep(1)
+
+
+async def test_an_embedded_broker_that_hangs_and_comes_back(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Somebody stopped in the midst of a write: Faust is cut off, and its group is left, so that the next life is not
+    told that another console runs.
+    """
+    url = f"local://{tmp_path}/broker"
+    monkeypatch.setattr(faust_app, "_CALL_SECONDS", 1.0)
+    async with telling(url, name) as teller, running(url, tmp_path, checkpoint_seconds=0.2) as board:
+        await teller.progress(5)
+        await until(lambda: any(point.rows for point in board.points(teller.group, "1h", 0, 2**53)))
+        writer = sqlite3.connect(tmp_path / "broker" / "rowmill.db", isolation_level=None)
+        writer.execute("BEGIN IMMEDIATE")
+        board.tell(teller.group, lag=7, state="executing")
+        await until(lambda: board.standing.state == "stopped")
+        writer.execute("ROLLBACK")
+        writer.close()
+        await until(lambda: board.standing.state == "live")
 
 
 def test_the_consoles_names_are_its_own() -> None:

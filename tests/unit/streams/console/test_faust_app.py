@@ -30,12 +30,12 @@ async def test_the_past_is_looked_at_although_sessions_are_known(life: _Life, mo
     async def look_back(_: Any) -> None:
         done.append("look back")
 
-    async def await_turn(_: Any) -> None:
+    async def live_in_turn(*_: Any) -> None:
         raise ConnectionError("enough")
 
     life._board.tell("rowmill.a", lag=1, state="idle")
     monkeypatch.setattr(life, "_look_back", look_back)
-    monkeypatch.setattr(life, "_await_turn", await_turn)
+    monkeypatch.setattr(life, "_live_in_turn", live_in_turn)
     for _ in range(2):
         with pytest.raises(ConnectionError):
             await life.live()
