@@ -380,13 +380,16 @@ def _sample(samples: deque[_Sample], new: _Sample) -> None:
 
 
 def _per_minute(samples: deque[_Sample]) -> float | None:
-    """New dead letters per minute; None where that was not watched for long enough."""
+    """New dead letters in the last minute; None where that was not watched for long enough.
+
+    What came in some seconds is not multiplied up to a minute: a burst is no rate.
+    """
     if not samples:
         return None
     first, last = samples[0], samples[-1]
     if last.at - first.at < _LEAST_SPAN_SECONDS:
         return None
-    return max(0, last.dead_letters - first.dead_letters) * _MINUTE / (last.at - first.at)
+    return max(0, last.dead_letters - first.dead_letters) * _MINUTE / max(_MINUTE, last.at - first.at)
 
 
 def _essence(status: SessionStatus | None) -> object:
