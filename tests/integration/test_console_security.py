@@ -276,7 +276,7 @@ async def test_a_password_that_is_changed_meanwhile(
 async def test_an_app_that_may_not_log_in(
     secured: Secured, way: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Where only Faust's client is refused its log (shown with -v) says so, no secret is there, nothing is left open."""
+    """Where only Faust's client is refused its log (-v shows it) says so; no secret is there, nothing is left open."""
     caplog.set_level(logging.INFO, logger="aiokafka")  # whatever a command of an earlier test has set
     monkeypatch.setenv("ROWMILL_KAFKA_PASSWORD", SECRET)
     credentials = faust_app._credentials
