@@ -524,8 +524,12 @@ def docker_answers() -> bool:
         return False
 
 
+_given: set[int] = set()
+"""Ports that this process was told of: nobody may listen on one yet who soon will."""
+
+
 def free_port(first: int = 20_000, last: int = 32_000) -> int:
-    """A port that nobody listens on.
+    """A port that nobody listens on, another one each time.
 
     Below the range from which the kernel takes ports for outgoing connections, or one of those could sit on it
     while the node is down. Each worker of pytest-xdist (``gw0``, ``gw1``, …) has numbers of its own, or two could
@@ -534,7 +538,8 @@ def free_port(first: int = 20_000, last: int = 32_000) -> int:
     worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")) % WORKERS
     for _ in range(200):
         port = random.randint(first, last) // WORKERS * WORKERS + worker
-        if port_is_free(port):
+        if port not in _given and port_is_free(port):
+            _given.add(port)
             return port
     raise KafkaStartError(f"no free port found from {first} to {last}: is something holding them all?")
 
