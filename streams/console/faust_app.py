@@ -387,7 +387,7 @@ class _Life:
                 await self._look_at_ends(broker)
                 ends_seen = now
             if now - topics_seen >= _LETTER_TOPICS_SECONDS:
-                await self._look_for_letter_topics(broker)
+                await self._look_for_letter_topics(app, broker)
                 topics_seen = now
         if self._is_loaded:
             await self._checkpoint()
@@ -493,9 +493,13 @@ class _Life:
         if now - self._shared_since > SESSION_SECONDS + 5:
             raise another_console(self._owner.url, [each for each in members if each.client != self._client])
 
-    async def _look_for_letter_topics(self, broker: Broker) -> None:
+    async def _look_for_letter_topics(self, app: faust.App, broker: Broker) -> None:
+        """See that all are read: also that a topic which was just being made when the app started was given to it."""
+        assigned = {tp.topic for tp in app.consumer.assignment()}
+        if not assigned:  # amid a rebalance
+            return
         async with deadline(_CALL_SECONDS, "look for dead-letter topics"):
-            if set(await self._find_letter_topics(broker)) - set(self._letter_topics):
+            if set(await self._find_letter_topics(broker)) - (assigned & set(self._letter_topics)):
                 await self._checkpoint()
                 raise _Restart
 
