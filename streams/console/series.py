@@ -16,7 +16,6 @@ from decimal import Decimal, InvalidOperation
 from typing import Any, Literal, NamedTuple, TypeAlias, cast
 
 from ...state.codec import dumps, loads
-from ...state.model import TopicPartition
 from ...state.sketch import Sketch
 
 Window: TypeAlias = Literal["10s", "1m", "1h"]
@@ -522,8 +521,3 @@ def packed(value: Any) -> bytes:
 def plain_money(amount: Decimal) -> str:
     """Without an exponent."""
     return format(amount, "f")
-
-
-def position_name(tp: TopicPartition) -> str:
-    """What :data:`Positions` calls a partition."""
-    return str(tp)

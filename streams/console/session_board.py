@@ -199,7 +199,7 @@ class SessionBoard:
         """The windows of this moment that have not counted this record."""
         for window in WINDOWS:
             found = self._window(window, start_of(window, at_ms))
-            if offset >= found.positions.get(tp, 0):
+            if not found.has_counted(tp, offset):
                 yield found
                 found.positions[tp] = offset + 1
 

@@ -112,7 +112,6 @@ class Watch:
         self._is_wanted = False
         self._urgent: dict[str, float] = {}
         self._followed: dict[str, int] = {}
-        self._first = asyncio.Event()
 
     # --- looking -----------------------------------------------------------------------------------------------
 
@@ -141,7 +140,6 @@ class Watch:
         except Exception as error:  # a bug in there must not end the watch, nor hide
             log.exception("sessions cannot be looked up")
             self._fail(f"this is a bug in rowmill: {type(error).__name__}: {error}")
-        self._first.set()
 
     def _fail(self, message: str) -> None:
         if self._refresh_error is None:
@@ -243,10 +241,6 @@ class Watch:
             self._hurry.set()
         self._asked_at = now
 
-    async def first_look(self) -> None:
-        """Wait until there was one, successful or not."""
-        await self._first.wait()
-
     # --- who wants to hear of changes --------------------------------------------------------------------------
 
     def add_listener(self, listener: Changed) -> Callable[[], None]:
@@ -299,7 +293,7 @@ class Watch:
         """Whether sessions can be looked up; names nothing of anybody's, since it needs no token."""
         is_well = self._refreshed_ms is not None and self._refresh_error is None
         return {
-            "status": "ok" if is_well else "starting" if not self._first.is_set() else "the broker does not answer",
+            "status": "ok" if is_well else "the broker does not answer" if self._refresh_error else "starting",
             "history": self.board.standing.state,
             "refreshed_ms": self._refreshed_ms,
         }

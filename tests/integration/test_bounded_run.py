@@ -475,21 +475,19 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """
 
 
+def _peak(script: str, rows: int, folder: Path) -> int:
+    """The most memory, in KiB, of a script that is given so many rows and an embedded broker of its own."""
+    words = [sys.executable, "-c", script, str(rows), f"local://{folder / str(rows)}"]
+    return int(subprocess.run(words, capture_output=True, text=True, timeout=200, check=True).stdout)
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(240)
 def test_memory_does_not_grow_with_the_rows(tmp_path: Path) -> None:
     """Five times the rows through an embedded worker peak within 1.15 times the memory."""
-    peaks = [
-        int(
-            subprocess.run(
-                [sys.executable, "-c", MEMORY, str(rows), f"local://{tmp_path / str(rows)}"],
-                capture_output=True, text=True, timeout=200, check=True,
-            ).stdout
-        )
-        for rows in (100_000, 500_000)
-    ]  # fmt: skip
-    print(f"peak RSS: {peaks[0]:,} KiB for 100,000 rows, {peaks[1]:,} KiB for 500,000: {peaks[1] / peaks[0]:.3f}x")
-    assert peaks[1] <= 1.15 * peaks[0]
+    few, many = (_peak(MEMORY, rows, tmp_path) for rows in (100_000, 500_000))
+    print(f"peak RSS: {few:,} KiB for 100,000 rows, {many:,} KiB for 500,000: {many / few:.3f}x")
+    assert many <= 1.15 * few
 
 
 STREAM_MEMORY = """
@@ -507,17 +505,9 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 @pytest.mark.timeout(240)
 def test_a_streams_memory_does_not_grow_with_the_rows(tmp_path: Path) -> None:
     """Five times the rows through a stream, whose chunks are let go, peak within 1.15 times the memory."""
-    peaks = [
-        int(
-            subprocess.run(
-                [sys.executable, "-c", STREAM_MEMORY, str(rows), f"local://{tmp_path / str(rows)}"],
-                capture_output=True, text=True, timeout=200, check=True,
-            ).stdout
-        )
-        for rows in (20_000, 100_000)
-    ]  # fmt: skip
-    print(f"peak RSS: {peaks[0]:,} KiB for 20,000 rows, {peaks[1]:,} KiB for 100,000: {peaks[1] / peaks[0]:.3f}x")
-    assert peaks[1] <= 1.15 * peaks[0]
+    few, many = (_peak(STREAM_MEMORY, rows, tmp_path) for rows in (20_000, 100_000))
+    print(f"peak RSS: {few:,} KiB for 20,000 rows, {many:,} KiB for 100,000: {many / few:.3f}x")
+    assert many <= 1.15 * few
 
 
 def test_options_reach_the_worker(broker_url: str, name: str) -> None:

@@ -22,6 +22,7 @@ from rowmill.streams.console.console import Console
 from rowmill.streams.console.faust_app import CONSOLE_TOPICS
 from rowmill.streams.event_records import EVENTS_TOPIC, EventRecord
 from rowmill.streams.events import events_topic
+from support.certificates import certificate
 from support.kafka_server import HOST, KafkaServer, free_port, kafka_tool
 
 pytestmark = pytest.mark.timeout(180)
@@ -48,17 +49,6 @@ class Secured(NamedTuple):
             "TLS and PLAIN": f"kafka://{self.both}?{tls}&sasl=PLAIN&user={user}",
             "TLS and SCRAM-SHA-512": f"kafka://{self.both}?{tls}&sasl=SCRAM-SHA-512&user={user}",
         }.get(way, f"kafka://{self.password}?sasl={way}&user={user}")
-
-
-def certificate(folder: Path) -> tuple[Path, Path]:
-    """A key and a certificate that it signed itself, for the node's address."""
-    key, cert = folder / "key.pem", folder / "cert.pem"
-    subprocess.run(
-        ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=localhost",
-         "-addext", f"subjectAltName=IP:{HOST}", "-keyout", str(key), "-out", str(cert)],
-        check=True, capture_output=True, timeout=30,
-    )  # fmt: skip
-    return key, cert
 
 
 @pytest.fixture(scope="module")

@@ -2,24 +2,13 @@
 
 from __future__ import annotations
 
-import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from rowmill import BrokerUnreachableError, Pipeline, open_broker, publish, read
+from support.certificates import certificate
 from support.kafka_server import HOST, KafkaServer, free_port
-
-
-def certificate(folder: Path) -> tuple[Path, Path]:
-    """A key and a certificate that it signed itself, for the node's address."""
-    key, cert = folder / "key.pem", folder / "cert.pem"
-    subprocess.run(
-        ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=localhost",
-         "-addext", f"subjectAltName=IP:{HOST}", "-keyout", str(key), "-out", str(cert)],
-        check=True, capture_output=True, timeout=30,
-    )  # fmt: skip
-    return key, cert
 
 
 @pytest.fixture(scope="module")
