@@ -237,9 +237,13 @@ class Board:
             self._unwritten.append(Change("letters", topic, None))
 
     @_locked
-    def letter_topics(self) -> set[str]:
-        """Where sessions put their dead letters, as their workers said."""
-        return {session.dead_letters for session in self._sessions.values() if session.dead_letters}
+    def letter_topics(self) -> dict[str, int]:
+        """Where sessions put their dead letters, as their workers said, and when those were last heard of, in ms."""
+        topics: dict[str, int] = {}
+        for session in self._sessions.values():
+            if session.dead_letters:
+                topics[session.dead_letters] = max(session.newest_ms, topics.get(session.dead_letters, 0))
+        return topics
 
     @_locked
     def tell(self, group: str, *, lag: int | None, state: str) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import logging
 import os
 import threading
@@ -40,7 +41,7 @@ from ..event_records import EVENTS_TOPIC, EventRecord
 from ..events import events_topic
 from ..session import SESSION_HEADER
 from ..session_records import CONTROL_TOPIC
-from .board import TABLES, Board, Change
+from .board import MOST_LETTER_TOPICS, TABLES, Board, Change
 from .own_thread import close_loop, in_thread
 from .transport import Consumer as LocalConsumer
 from .turn import GROUP, LocalTurn, Turn, another_console, client_id
@@ -48,7 +49,8 @@ from .turn import GROUP, LocalTurn, Turn, another_console, client_id
 TABLE_CONFIG = {"cleanup.policy": "compact", "segment.bytes": str(16 << 20), "segment.ms": "86400000"}
 """Kafka never compacts the newest segment: small ones keep a restart quick."""
 
-FIRST_MS = 86_400_000
+_DAY_MS = 86_400_000
+FIRST_MS = _DAY_MS
 """How far back a first start begins, or one after a long absence."""
 MOST_LETTERS = 20_000
 """Dead letters of one partition that are read at a start: there may be millions, and this is no place to count them."""
@@ -65,7 +67,6 @@ _ENDS_SECONDS = 5.0
 _STALL_SECONDS = 30.0
 _LIVE_SECONDS = 5.0
 _LETTER_TOPICS_SECONDS = 30.0
-_MOST_LETTER_TOPICS = 200
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 30.0
 _GOOD_SECONDS = 60.0
 
@@ -115,6 +116,8 @@ class ConsoleApp:
         self.datadir = state_dir / "console"
         self.has_looked_back = False
         """Not whether the board knows sessions: the watch may have told it of some by then."""
+        self.has_left_out = False
+        """Whether it was said that not all dead-letter topics are read."""
         self._on_events = on_events
         self._loop: asyncio.AbstractEventLoop | None = None
         self._local_turn: LocalTurn | None = None
@@ -282,10 +285,22 @@ class _Life:
             await turn.start(await self._starts(broker, partitions, is_new=bool(set(absent) & set(CONSOLE_TOPICS))))
 
     async def _find_letter_topics(self, broker: Broker) -> tuple[str, ...]:
-        """Those that sessions named, and those that are named like one."""
+        """Those that sessions named, and those that are named like one; where they are too many, those of sessions
+        that were heard of last.
+
+        To the day, and then by name: which ones are read must not change with every event.
+        """
         named = self._board.letter_topics()
-        found = {name for name in await broker.topics() if name in named or name.endswith(".dlq")}
-        return tuple(sorted(found)[:_MOST_LETTER_TOPICS])
+        found = [name for name in await broker.topics() if name in named or name.endswith(".dlq")]
+        found.sort(key=lambda name: (-(named.get(name, 0) // _DAY_MS), name))
+        if len(found) > MOST_LETTER_TOPICS and not self._owner.has_left_out:
+            self._owner.has_left_out = True
+            _log.warning(
+                "there are %d dead-letter topics, and the console counts those of %d: %s and others are not counted "
+                "by stage and error; delete those that nobody needs",
+                *(len(found), MOST_LETTER_TOPICS, found[MOST_LETTER_TOPICS]),
+            )
+        return tuple(sorted(found[:MOST_LETTER_TOPICS]))
 
     async def _starts(
         self, broker: Broker, partitions: list[TopicPartition], *, is_new: bool
@@ -368,6 +383,7 @@ class _Life:
     async def _serve(self, app: faust.App, broker: Broker, turn: Turn) -> None:
         if (client := getattr(app.consumer, "_thread", None)) is not None:
             client.Worker = _ClientThread
+            client.seek_to_committed = functools.partial(_seek_to_committed, client)
         await app.start()
         while not await turn.confirm():
             self._check_alive(app)
@@ -552,6 +568,26 @@ class _ClientThread(WorkerThread):
                 close_loop(self.service.thread_loop)
         except BaseException as error:  # noqa: BLE001 - it was cut off, or the app has heard of it
             _log.debug("the Kafka consumer's thread has ended: %s: %s", type(error).__name__, error)
+
+
+async def _seek_to_committed(client: Any) -> dict[Any, int | None]:
+    """Go back to where each partition was committed, also at 0, which aiokafka 0.14's own method passes over.
+
+    At the end of a recovery Faust may fetch records of partitions that it then neither delivers nor remembers, and
+    relies on this to fetch them again: those of a new topic would never be read (ran).
+    """
+    consumer = client._ensure_consumer()  # noqa: SLF001 - Faust has no public name for the client
+
+    async def seek() -> dict[Any, int | None]:
+        assigned = list(consumer.assignment())
+        committed = dict(zip(assigned, await asyncio.gather(*map(consumer.committed, assigned)), strict=True))
+        for tp, offset in committed.items():
+            if offset is not None and tp in consumer.assignment():
+                consumer.seek(tp, offset)
+        return committed
+
+    found: dict[Any, int | None] = await client.call_thread(seek)
+    return found
 
 
 async def _let_go(app: faust.App) -> None:

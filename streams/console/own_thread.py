@@ -113,10 +113,17 @@ async def _hang_up(loop: asyncio.AbstractEventLoop) -> None:
 
     Python has no public list of a loop's transports; without it they would stay open until they are collected.
     """
-    for transport in list(getattr(loop, "_transports", {}).values()):
+    left = list(getattr(loop, "_transports", {}).values())
+    readers = [getattr(transport.get_protocol(), "_stream_reader", None) for transport in left]
+    for transport in left:
         transport.abort()
     for _ in range(3):  # abort, connection_lost, and what waits for that
         await asyncio.sleep(0)
+    # What came after a reader was cancelled: aiokafka takes a stream with something unread in it for an open one.
+    for reader in readers:
+        if isinstance(reader, asyncio.StreamReader):
+            with contextlib.suppress(Exception):  # whatever the connection ended of
+                await reader.read()
 
 
 def _log_quietly(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:

@@ -12,10 +12,11 @@ from itertools import accumulate, count, pairwise
 from pathlib import Path
 from random import Random
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 from rowmill import CircuitBreaker, Pipeline, RateLimit, Retry, WorkerOptions, publish
+from rowmill.handlers.breaker import Breaker
 from rowmill.handlers.runtime import Event
 from support.flaky_server import Call, FlakyServer, Plan, most_within
 from support.paid_pipelines import ask, paid_pipeline
@@ -112,15 +113,23 @@ def flaky_pipeline(name: str, url: str) -> Pipeline:
     return pipeline
 
 
-Changes = list[tuple[float, str]]
+class Change(NamedTuple):
+    """A breaker's change of state."""
+
+    at: float
+    state: str
+    since: float
+    """For one that opened: when, by what it has left; the machine may have stood still before it was told."""
 
 
-def listen(changes: Changes) -> Callable[[Event], None]:
+def listen(changes: list[Change], breakers: dict[str, Breaker], open_for: float) -> Callable[[Event], None]:
     """Note when the breaker changed, and to what."""
 
     def hear(event: Event) -> None:
         if event.kind.startswith("breaker_"):
-            changes.append((time.monotonic(), event.kind.removeprefix("breaker_")))
+            at = time.monotonic()
+            since = at + breakers[event.subject].seconds_left - open_for
+            changes.append(Change(at, event.kind.removeprefix("breaker_"), since))
 
     return hear
 
@@ -146,18 +155,18 @@ def check_retry_after(calls: list[Call], seconds: float) -> int:
     return len(told)
 
 
-def check_breaker(calls: list[Call], changes: Changes, open_for: float, probes: int) -> int:
+def check_breaker(calls: list[Call], changes: list[Change], open_for: float, probes: int) -> int:
     """An open breaker lets nothing begin, a half open one its probes; returns how often it opened."""
-    for (at, state), (end, _) in pairwise(changes):
+    for (at, state, since), (end, *_) in pairwise(changes):
         begun = sorted((c for c in calls if at < c.begun < end), key=lambda c: c.begun)
         if state == "open":
             assert not begun
-            assert end - at > open_for - LAG  # it is told a little later than it happens
+            assert end - since >= open_for - 1e-6
         elif state == "half_open":
             # Beyond the first ones, each may begin only when one before it has ended, and not by a fault.
             ended = accumulate((call.answer in {"ok", "400", "429"} for call in begun), initial=0)
             assert all(before < good + probes for before, good in zip(range(len(begun)), ended, strict=False))
-    return sum(state == "open" for _, state in changes)
+    return sum(change.state == "open" for change in changes)
 
 
 def check_hangs(calls: list[Call], timeout: float) -> int:
@@ -177,11 +186,11 @@ def check_hangs(calls: list[Call], timeout: float) -> int:
 async def test_five_thousand_rows_through_a_flaky_service(broker_url: str, name: str) -> None:
     """Every row ends in the one right way; the service was called no faster, no oftener and no longer than allowed."""
     await asyncio.to_thread(publish, name, [{"n": n} for n in range(ROWS)], broker=broker_url)
-    changes: Changes = []
+    changes: list[Change] = []
     with FlakyServer(Moods()) as server:
         options = {"max_in_flight": 500}
         async with running(broker_url, flaky_pipeline(name, server.url), **options) as worker:
-            worker.runtime.listeners.append(listen(changes))
+            worker.runtime.listeners.append(listen(changes, worker.runtime.breakers, 0.5))
             await until(lambda: worker.stats.rows >= ROWS, 90)
             stats, counts = worker.stats, worker.runtime.stage_counts["enrich"]
     await check_rows(broker_url, name)

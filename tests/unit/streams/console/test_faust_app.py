@@ -9,8 +9,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from rowmill.streams.brokers.base import TopicSpec
 from rowmill.streams.console.board import Board
-from rowmill.streams.console.faust_app import ConsoleApp, _Life, _quiet_loggers
+from rowmill.streams.console.faust_app import ConsoleApp, _Life, _quiet_loggers, _seek_to_committed
 from support.fake_broker import FakeBroker
 from support.fake_clock import FakeClock
 
@@ -56,6 +57,38 @@ def test_a_record_that_cannot_be_counted_is_passed_over(life: _Life, caplog: pyt
     assert list(life._read.values()) == [3]
     assert len(life._messages) == 3
     assert caplog.text.count("cannot be counted and is passed over") == 1
+
+
+async def test_partitions_committed_at_their_beginning_are_sought_as_well() -> None:
+    """aiokafka's own method passes over 0: records of a new topic that Faust fetched and dropped would stay unread."""
+    sought: dict[str, int] = {}
+    committed = {"a": 5, "b": 0, "c": None}
+
+    async def look_up(tp: str) -> int | None:
+        return committed[tp]
+
+    async def call_thread(function: Any) -> Any:
+        return await function()
+
+    consumer = SimpleNamespace(assignment=lambda: set(committed), committed=look_up, seek=sought.__setitem__)
+    client = SimpleNamespace(_ensure_consumer=lambda: consumer, call_thread=call_thread)
+    assert await _seek_to_committed(client) == committed
+    assert sought == {"a": 5, "b": 0}
+
+
+async def test_of_too_many_dead_letter_topics_those_of_recent_sessions_are_read(
+    life: _Life, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Others are left out, whatever they are called, which is said once."""
+    monkeypatch.setattr("rowmill.streams.console.faust_app.MOST_LETTER_TOPICS", 2)
+    broker, day = FakeBroker(), 86_400_000
+    await broker.create_topics([TopicSpec(name, 1) for name in ("a.dlq", "b.dlq", "y", "z.dlq", "no")])
+    heard = {"y": 9 * day, "z.dlq": 9 * day + 5, "b.dlq": 8 * day, "gone.dlq": 9 * day}
+    monkeypatch.setattr(life._board, "letter_topics", lambda: heard)
+    for _ in range(2):
+        assert await life._find_letter_topics(broker) == ("y", "z.dlq")
+    assert caplog.text.count("there are 4 dead-letter topics") == 1
+    assert "b.dlq and others are not counted" in caplog.text
 
 
 def test_being_cut_off_is_no_news(caplog: pytest.LogCaptureFixture) -> None:
