@@ -7,8 +7,7 @@ import logging
 import os
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -24,6 +23,7 @@ from rowmill.streams.event_records import EVENTS_TOPIC, EventRecord
 from rowmill.streams.events import events_topic
 from support.certificates import certificate
 from support.kafka_server import HOST, KafkaServer, free_port, kafka_tool
+from support.live_console import live_console
 
 pytestmark = pytest.mark.timeout(180)
 
@@ -97,23 +97,6 @@ def secured(kafka: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Se
         yield Secured(listeners["PASSWORD"], listeners["TLS"], listeners["BOTH"], cert, folder, server.bootstrap)
 
 
-@asynccontextmanager
-async def running(url: str, folder: Path) -> AsyncIterator[Console]:
-    """A console whose history is live."""
-    console, stop, ready = Console(url, port=0, state_dir=folder), asyncio.Event(), asyncio.Event()
-    task = asyncio.create_task(console.run(stop, lambda _: ready.set()))
-    try:
-        async with asyncio.timeout(60):
-            while not ready.is_set() or console.board.standing.state != "live":
-                assert not task.done(), task.result()
-                await asyncio.sleep(0.05)
-        yield console
-    finally:
-        stop.set()
-        async with asyncio.timeout(20):
-            await task
-
-
 async def tell(url: str, group: str, rows: int) -> None:
     """What a worker tells after so many rows."""
     clock, broker = SystemClock(), open_broker(url)
@@ -152,7 +135,7 @@ async def test_the_history_lives(
     monkeypatch.setenv("ROWMILL_KAFKA_PASSWORD", SECRET)
     url, group = secured.url(way), f"rowmill.{name}"
 
-    async with running(url, tmp_path) as console:
+    async with live_console(url, tmp_path) as console:
         await tell(url, group, 42)
         await until_rows(console, group, 42)
         assert SECRET not in console.shown_broker
@@ -164,7 +147,7 @@ async def test_the_history_lives(
     finally:
         await broker.close()
     assert ends[TopicPartition("rowmill.console.1h", 0)] > 0
-    async with running(url, tmp_path) as console:
+    async with live_console(url, tmp_path) as console:
         await until_rows(console, group, 42)
 
 
@@ -205,7 +188,7 @@ async def test_access_lists(secured: Secured, name: str, tmp_path: Path, monkeyp
         stop.set()
         await asyncio.wait_for(task, 20)
     await asyncio.to_thread(grant, secured, *GRANTS[3])
-    async with running(url, tmp_path / "b") as console:
+    async with live_console(url, tmp_path / "b") as console:
         await tell(secured.url("PLAIN"), f"rowmill.{name}", 42)
         await until_rows(console, f"rowmill.{name}", 42)
 
@@ -244,7 +227,7 @@ async def test_a_password_that_is_changed_meanwhile(
     async def fail(*_: object) -> None:
         raise RuntimeError("by a test")
 
-    async with running(f"{secured.url('PLAIN')}&password_file={file}", tmp_path / "state") as console:
+    async with live_console(f"{secured.url('PLAIN')}&password_file={file}", tmp_path / "state") as console:
         file.write_text(WRONG)
         monkeypatch.setattr(faust_app._Life, "_look_at_ends", fail)
         async with asyncio.timeout(60):

@@ -17,9 +17,9 @@ from rowmill.state.clock import SystemClock
 from rowmill.state.model import Outgoing, TopicPartition
 from rowmill.streams.brokers.base import Broker
 from rowmill.streams.brokers.open import open_broker
-from rowmill.streams.console.console import Console
 from rowmill.streams.event_records import EVENTS_TOPIC, EventRecord
 from rowmill.streams.events import events_topic
+from support.live_console import live_console
 
 pytestmark = pytest.mark.timeout(180)
 
@@ -113,29 +113,12 @@ async def tell(broker: Broker, group: str, rows: int, started_ms: int) -> None:
         await producer.close()
 
 
-@asynccontextmanager
-async def here(url: str, folder: Path) -> AsyncIterator[Console]:
-    """A console in this process, whose history is live."""
-    console, stop = Console(url, port=0, state_dir=folder), asyncio.Event()
-    task = asyncio.create_task(console.run(stop))
-    try:
-        async with asyncio.timeout(60):
-            while console.board.standing.state != "live":
-                assert not task.done(), task.result()
-                await asyncio.sleep(0.05)
-        yield console
-    finally:
-        stop.set()
-        async with asyncio.timeout(20):
-            await task
-
-
 async def test_one_after_the_other(
     broker_url: str, name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The second one ends with setting, value and remedy; page and history of the first one go on meanwhile."""
     group, rows, started_ms = f"rowmill.{name}", 0, SystemClock().now_ms()
-    async with started(broker_url) as broker, here(broker_url, tmp_path) as first, ClientSession() as visitor:
+    async with started(broker_url) as broker, live_console(broker_url, tmp_path) as first, ClientSession() as visitor:
 
         def shown() -> int:
             return sum(point.rows for point in first.board.points(group, "1h", 0, 2**53))
