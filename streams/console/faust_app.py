@@ -298,9 +298,11 @@ class _Life:
             _log.warning(
                 "there are %d dead-letter topics, and the console counts those of %d: %s and others are not counted "
                 "by stage and error; delete those that nobody needs",
-                *(len(found), MOST_LETTER_TOPICS, found[MOST_LETTER_TOPICS]),
+                len(found),
+                MOST_LETTER_TOPICS,
+                found[MOST_LETTER_TOPICS],
             )
-        return tuple(sorted(found[:MOST_LETTER_TOPICS]))
+        return tuple(found[:MOST_LETTER_TOPICS])
 
     async def _starts(
         self, broker: Broker, partitions: list[TopicPartition], *, is_new: bool
