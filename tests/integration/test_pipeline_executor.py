@@ -62,6 +62,8 @@ class Paid:
         self.calls: Counter[int] = Counter()
         self.enough = threading.Event()
         """Set when some rows were begun."""
+        self.most_calls: Callable[[], int] = lambda: COUNT
+        """How many may be made by now; further ones wait until it tells more."""
         self._seconds = seconds
 
     async def __call__(self, row: dict[str, Any], ctx: RowContext) -> dict[str, Any]:
@@ -70,6 +72,8 @@ class Paid:
         if len(self.calls) > 60:
             self.enough.set()
         await asyncio.sleep(self._seconds)
+        while len(self.calls) > self.most_calls():
+            await asyncio.sleep(self._seconds)
         return {**row, "twice": row["n"] * 2}
 
 
@@ -127,11 +131,16 @@ class Pauses(Seen):
             self.executor.pause()  # asking once more changes nothing
 
 
-def pausing(executor: PipelineExecutor, times: int = 1) -> Pauses:
-    """Have it paused by an observer."""
+def pausing(executor: PipelineExecutor, paid: Paid, times: int = 1, *, rows: int = COUNT) -> Pauses:
+    """Have it paused by an observer.
+
+    Observers hear of progress twice a second, and all rows take little longer. So the rows wait for each pause in
+    turn: else one comes too late on a machine that stood still.
+    """
     pauses = Pauses(times)
     pauses.executor = executor
     executor.add_observer(pauses)
+    paid.most_calls = lambda: rows * (times - pauses.left + 1) // (times + 1)
     return pauses
 
 
@@ -248,7 +257,7 @@ def test_pause_from_an_observer(broker_url: str, name: str) -> None:
     """As often as one likes; each attempt is told of a start and an end, from where the session stands."""
     paid = Paid()
     executor = PipelineExecutor(Pipeline(name).add(paid, name="paid"), broker=broker_url, options=EARLY)
-    seen = pausing(executor, 2)
+    seen = pausing(executor, paid, 2)
     results = [executor.execute(rows=ROWS)]
     while not results[-1].is_complete:
         check_partial(results[-1], "paused")
@@ -315,7 +324,7 @@ def test_tables_and_failed_rows_survive_a_pause(broker_url: str, name: str, tmp_
     options = WorkerOptions(max_in_flight=20, state_dir=str(tmp_path / "state"))
     executor = PipelineExecutor(pipeline, broker=broker_url, options=options, key="key")
     rows = [{"n": n, "key": "one"} for n in range(400)]
-    pausing(executor, 2)
+    pausing(executor, paid, 2)
     results = [executor.execute(rows=rows)]
     while results[-1].metrics.processed_rows != 396:
         assert results[-1].stopped == "paused"
@@ -430,7 +439,7 @@ def test_what_resume_needs(broker_url: str, name: str) -> None:
     """In a new executor: a pipeline, and rows; those that were an iterator also in the one that had them."""
     paid = Paid()
     executor = PipelineExecutor([paid], broker=broker_url, session="night", options=EARLY)
-    pausing(executor)
+    pausing(executor, paid)
     assert executor.execute(Pipeline(name), iter(ROWS)).stopped == "paused"
     with pytest.raises(ValueError, match="can be read only once"):
         executor.resume()
@@ -449,7 +458,7 @@ def test_cleaned_up(broker_url: str, name: str) -> None:
     """Sessions are kept until the manager removes them; then there is nothing to resume."""
     paid = Paid()
     executor = PipelineExecutor([paid], broker=broker_url, options=EARLY)
-    pausing(executor)
+    pausing(executor, paid)
     executor.execute(Pipeline(name), ROWS)
     session_id = executor.session_id
     assert session_id is not None
@@ -469,7 +478,7 @@ def test_the_manager_keeps_the_context(tmp_path: Path) -> None:
     manager = StateManager(storage, checkpoint_interval=50)
     paid = Paid()
     executor = PipelineExecutor([paid], manager, broker=f"local://{tmp_path}/broker", options=EARLY)
-    pausing(executor)
+    pausing(executor, paid)
     result = executor.execute(Pipeline("p"), ROWS)
     assert executor.session_id is not None
     kept = manager.load_checkpoint(executor.session_id)
@@ -619,7 +628,7 @@ def test_a_paused_session_is_cancelled(broker_url: str, name: str) -> None:
     """It is recorded, so that it does not go on by itself; resuming it is still possible."""
     paid = Paid()
     executor = PipelineExecutor([paid], broker=broker_url, options=EARLY)
-    pausing(executor)
+    pausing(executor, paid)
     executor.execute(Pipeline(name), ROWS)
     executor.cancel()
     assert executor.state is ExecutionState.CANCELLED
@@ -717,7 +726,7 @@ def test_a_session_that_is_paused_when_it_is_executed(broker_url: str, name: str
     """What is wanted of it outlives the executor that asked: another one's execute waits for somebody to resume it."""
     paid = Paid()
     first = PipelineExecutor([paid], broker=broker_url, session="night", options=EARLY)
-    pausing(first)
+    pausing(first, paid)
     first.execute(Pipeline(name), ROWS)
     count = len(paid.calls)
     second = PipelineExecutor([paid], broker=broker_url, session="night", options=EARLY)
@@ -870,7 +879,7 @@ async def test_inside_a_running_loop(tmp_path: Path) -> None:
     """The blocking calls work in a notebook's cell as well."""
     paid = Paid()
     executor = PipelineExecutor([paid], broker=f"local://{tmp_path}", options=EARLY)
-    pausing(executor)
+    pausing(executor, paid)
     result = executor.execute(Pipeline("p"), ROWS)
     check_partial(result, "paused")
     executor.cancel()
@@ -939,7 +948,7 @@ def test_rows_that_were_published(broker_url: str, name: str) -> None:
     pipeline = Pipeline(name).add(paid)
     publish(name, ROWS, broker=broker_url)
     named = PipelineExecutor(pipeline, broker=broker_url, session="night", options=EARLY)
-    pausing(named)
+    pausing(named, paid)
     result = named.execute()
     assert (result.stopped, named.session) == ("paused", f"{name}.night")
     assert 0 < len(result.data) == result.metrics.processed_rows < COUNT
