@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
 Row: TypeAlias = dict[str, Any]
@@ -28,15 +30,14 @@ class TopicPartition(NamedTuple):
 
 
 class Record(Protocol):
-    """A record as a broker gives it. aiokafka's own records fit, so the hot path copies nothing.
+    """A record as a broker gives it, for a partition that whoever asked knows.
+
+    aiokafka's own records fit, those that its C parser makes, so that the hot path copies nothing: 0.2 µs a record,
+    where one that also names its topic and partition takes 0.8 and the client's public one 1.1.
 
     ``timestamp`` is milliseconds since the epoch. ``headers`` keeps order and repeats.
     """
 
-    @property
-    def topic(self) -> str: ...  # noqa: D102
-    @property
-    def partition(self) -> int: ...  # noqa: D102
     @property
     def offset(self) -> int: ...  # noqa: D102
     @property
@@ -46,11 +47,11 @@ class Record(Protocol):
     @property
     def value(self) -> bytes | None: ...  # noqa: D102
     @property
-    def headers(self) -> Headers: ...  # noqa: D102
+    def headers(self) -> Sequence[Header]: ...  # noqa: D102
 
 
 class StoredRecord(NamedTuple):
-    """A record made by rowmill's own brokers and readers.
+    """A record that knows where it lies.
 
     A tuple because a reader makes one for each row: 0.14 µs where C builds it, a frozen dataclass 0.6 µs.
     """
@@ -62,6 +63,28 @@ class StoredRecord(NamedTuple):
     key: bytes | None
     value: bytes | None
     headers: Headers = ()
+
+    @property
+    def tp(self) -> TopicPartition:
+        """Its partition."""
+        return TopicPartition(self.topic, self.partition)
+
+
+# The class's own constructor is Python code; this is the same tuple built in C.
+_new_stored = partial(tuple.__new__, StoredRecord)
+
+
+def stored(tp: TopicPartition, records: Iterable[Record]) -> list[StoredRecord]:
+    """A partition's records, each with its place, for those who mix partitions."""
+    topic, partition = tp
+    return [
+        record
+        if record.__class__ is StoredRecord
+        else _new_stored(
+            (topic, partition, record.offset, record.timestamp, record.key, record.value, tuple(record.headers))
+        )
+        for record in records
+    ]
 
 
 class Outgoing(NamedTuple):

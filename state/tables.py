@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from itertools import islice
 from threading import Lock
 
@@ -44,6 +45,8 @@ _DESCRIBE_EVERY_MS = 3_600_000
 _SWEEP = 500
 _SWEEP_EVERY_MS = 1_000
 _ENTRY = 130  # bytes that Python needs for two bytes objects and their place in a dictionary
+# The class's own constructor is Python code; this is the same tuple built in C.
+_new_record = partial(tuple.__new__, Outgoing)
 _WRITE = 2_000  # records per batch: rocksdict holds the GIL while it writes one (FACTS)
 
 
@@ -235,7 +238,9 @@ class PartitionTables(Layer):
     def records(taken: Mapping[bytes, Stamped | None], now_ms: int) -> list[Outgoing]:
         """What was taken, as changelog records: a value carries its own time, a deletion the present."""
         return [
-            Outgoing(key, None, now_ms) if value is None else Outgoing(key, value[8:], min(time_of(value), now_ms))
+            _new_record((key, None, now_ms, ()))
+            if value is None
+            else _new_record((key, value[8:], min(time_of(value), now_ms), ()))
             for key, value in taken.items()
             if key[0]
         ]
@@ -350,9 +355,9 @@ class _Remembered(Source):
             self._half = half
             if half:
                 young = self._young
-                size = sum(_size(key, value) - self._known_size(key) for key, value in written.items())
+                known = {key: young[key] for key in written if key in young}
                 young.update(written)
-                self._grow(size)
+                self._grow(_size_of_all(written) - _size_of_all(known))
 
     def forget(self) -> None:
         """The store was written to by other ways."""
@@ -379,6 +384,10 @@ class _Remembered(Source):
 
 def _size(key: bytes, value: Stamped | None) -> int:
     return len(key) + len(value or b"") + _ENTRY
+
+
+def _size_of_all(entries: Mapping[bytes, Stamped | None]) -> int:
+    return sum(map(len, entries)) + sum(map(len, filter(None, entries.values()))) + _ENTRY * len(entries)
 
 
 def _updated(update: Update, present: Stamped | None) -> Stamped | None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, TypeAlias
 from ..state.clock import Clock, SystemClock
 from ..state.codec import loads
 from ..state.errors import BadRowError, ConfigError
-from ..state.model import Headers, Outgoing, Record, Row, TopicPartition
+from ..state.model import Headers, Outgoing, Record, Row, StoredRecord, TopicPartition, stored
 from .brokers.base import Broker, Moment, Producer, Reader
 from .brokers.open import open_broker
 from .catalog import Catalog
@@ -172,7 +172,7 @@ async def consume(
     limit: int | None = None,
     follow: bool = False,
     partition: int | None = None,
-) -> AsyncGenerator[list[Record]]:
+) -> AsyncGenerator[list[StoredRecord]]:
     """The committed records of a topic, in the lots in which the broker gives them.
 
     Args:
@@ -205,7 +205,7 @@ async def consume(
         wanted = limit
         while left:
             for tp, records in (await _next(reader, left, patient=follow)).items():
-                seen = [r for r in records if follow or r.offset < ends[tp]][:wanted]
+                seen = stored(tp, [r for r in records if follow or r.offset < ends[tp]][:wanted])
                 if seen:
                     yield seen
                 if wanted is not None:
@@ -327,7 +327,7 @@ def read(
             lots = consume(connected, topic, start=start, limit=limit, follow=follow)
             while lot := loop.submit(lambda: anext(lots, None)).result():
                 for r in lot:
-                    yield Message(r.topic, r.partition, r.offset, r.timestamp, r.key, r.value, tuple(r.headers))
+                    yield Message(*r)
             loop.submit(lots.aclose).result()
         finally:
             if not sys.is_finalizing():  # else the loop's thread is dead already, and nobody would answer

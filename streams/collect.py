@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from typing import IO, Literal, NamedTuple
 
 from ..state.codec import dumps, loads
-from ..state.model import Record, TopicPartition
+from ..state.model import Record, StoredRecord, TopicPartition, stored
 from .brokers.base import Broker, Reader
 from .dead_letters import ERROR_PREFIX
 from .deadlines import deadline
@@ -42,8 +42,8 @@ async def read_topic(
     topic: str,
     starts: Mapping[TopicPartition, int] | None = None,
     until: Literal["high_watermark", "end"] = "high_watermark",
-) -> AsyncIterator[Sequence[Record]]:
-    """Every committed record of a topic, in batches, from ``starts`` (default: the first) to the present end.
+) -> AsyncIterator[Sequence[StoredRecord]]:
+    """Every committed record of a topic, each batch of one partition, from ``starts`` (default: the first) to the end.
 
     With ``until="end"`` transactions that are under way are not waited for.
 
@@ -70,12 +70,12 @@ async def read_topic(
 
 async def _next(
     reader: Reader, left: set[TopicPartition], ends: Mapping[TopicPartition, int]
-) -> tuple[list[Sequence[Record]], set[TopicPartition]]:
+) -> tuple[list[Sequence[StoredRecord]], set[TopicPartition]]:
     while True:
         got = await reader.fetch(left, 5_000, 0.5)
         remaining = {tp for tp in left if await reader.position(tp) < ends[tp]}
         if got or remaining != left:
-            return [records for records in got.values() if records], remaining
+            return [stored(tp, records) for tp, records in got.items() if records], remaining
 
 
 def header(record: Record, name: str) -> bytes | None:

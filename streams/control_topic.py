@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 from ..state.clock import Clock
 from ..state.errors import RowmillError
-from ..state.model import Outgoing, Record, TopicPartition
+from ..state.model import Outgoing, StoredRecord, TopicPartition
 from .brokers.base import Broker, Moment, TransactionalProducer
 from .catalog import Catalog
 from .collect import read_topic
@@ -124,7 +124,7 @@ class ControlTopic:
         await catalog.require_own({CONTROL_TOPIC: 1}, CONTROL_CONFIG, may_grow=False)
 
 
-async def _records(broker: Broker, timeout: float) -> list[Record]:
+async def _records(broker: Broker, timeout: float) -> list[StoredRecord]:
     """All that can be read, in order; [] where there is no topic."""
     async with deadline(READ_TIMEOUTS * timeout, f"read {CONTROL_TOPIC}"):
         found = [each async for lot in read_topic(broker, CONTROL_TOPIC, until="end") for each in lot]

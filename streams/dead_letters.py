@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from ..handlers.chain import Failure
-from ..state.model import RESERVED_PREFIX, Headers, Outgoing, Record
+from ..state.model import RESERVED_PREFIX, Header, Headers, Outgoing, Record, TopicPartition
 from .session import SESSION_HEADER
 
 ERROR_PREFIX = RESERVED_PREFIX + "error."
@@ -18,11 +20,19 @@ HEADROOM_BYTES = 64 * 1024
 
 
 def dead_letter(
-    record: Record, failure: Failure, session: str, max_bytes: int, *, connect: str | None = None, lines: str = ""
+    tp: TopicPartition,
+    record: Record,
+    failure: Failure,
+    session: str,
+    max_bytes: int,
+    *,
+    connect: str | None = None,
+    lines: str = "",
 ) -> Outgoing:
     """The record for the dead-letter topic: key, value, timestamp and headers as they came, and the error.
 
     Args:
+        tp: where the record lies.
         record: the row's record.
         failure: what went wrong.
         session: the session's id.
@@ -31,9 +41,9 @@ def dead_letter(
         lines: what was logged about the row.
         connect: the pipeline's name, where the error is to be told by Kafka Connect's headers as well.
     """
-    error = _error_headers(record, failure, session, lines)
+    error = _error_headers(tp, record, failure, session, lines)
     if connect is not None:
-        error += _connect_headers(record, failure, connect)
+        error += _connect_headers(tp, record, failure, connect)
     kept = tuple((_readable(name), value) for name, value in _foreign(record.headers))
     value = record.value
     room = max_bytes - len(record.key or b"") - _size(error)
@@ -45,15 +55,15 @@ def dead_letter(
     return Outgoing(record.key, value, record.timestamp, kept + error)
 
 
-def _error_headers(record: Record, failure: Failure, session: str, lines: str) -> Headers:
+def _error_headers(tp: TopicPartition, record: Record, failure: Failure, session: str, lines: str) -> Headers:
     values = {
         "stage": failure.stage,
         "type": failure.kind,
         "message": failure.message[:MESSAGE_CHARACTERS],
         "attempts": str(failure.attempts),
         "where": failure.where,
-        "topic": record.topic,
-        "partition": str(record.partition),
+        "topic": tp.topic,
+        "partition": str(tp.partition),
         "offset": str(record.offset),
         "session": session,
         "log": lines[-MESSAGE_CHARACTERS:],
@@ -63,14 +73,14 @@ def _error_headers(record: Record, failure: Failure, session: str, lines: str) -
     return (*headers, *own, (SESSION_HEADER, session.encode()))
 
 
-def _connect_headers(record: Record, failure: Failure, pipeline: str) -> Headers:
+def _connect_headers(tp: TopicPartition, record: Record, failure: Failure, pipeline: str) -> Headers:
     """The same in the words of Kafka Connect: the stage is a class that handled the row in a task's transformation."""
     values = {
-        "topic": record.topic,
-        "partition": str(record.partition),
+        "topic": tp.topic,
+        "partition": str(tp.partition),
         "offset": str(record.offset),
         "connector.name": pipeline,
-        "task.id": str(record.partition),
+        "task.id": str(tp.partition),
         "stage": "VALUE_CONVERTER" if failure.stage == "input" else "TRANSFORMATION",
         "class.name": failure.stage,
         "exception.class.name": failure.kind,
@@ -80,7 +90,7 @@ def _connect_headers(record: Record, failure: Failure, pipeline: str) -> Headers
     return tuple((CONNECT_PREFIX + name, text.encode("utf-8", "replace")) for name, text in values.items() if text)
 
 
-def _foreign(headers: Headers) -> Headers:
+def _foreign(headers: Sequence[Header]) -> Headers:
     return tuple(header for header in headers if not header[0].startswith(RESERVED_PREFIX))
 
 

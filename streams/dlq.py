@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from ..state.clock import Clock, SystemClock
 from ..state.errors import ConfigError
-from ..state.model import RESERVED_PREFIX, Record, TopicPartition
+from ..state.model import RESERVED_PREFIX, StoredRecord, TopicPartition
 from .brokers.base import Broker, TopicInfo
 from .brokers.open import open_broker
 from .catalog import Catalog
@@ -225,7 +225,7 @@ class DeadLetters:
                     marks[place] = decode_mark(record)
         return marks
 
-    async def records(self, topic: str, partition: int | None = None) -> AsyncGenerator[Record]:
+    async def records(self, topic: str, partition: int | None = None) -> AsyncGenerator[StoredRecord]:
         """The committed records of a topic, or of one partition of it."""
         async with aclosing(consume(self.broker, topic, partition=partition)) as lots:
             async for lot in lots:

@@ -10,7 +10,7 @@ from typing import Literal, TypeAlias
 
 from ..state.codec import dumps, loads
 from ..state.errors import BadRowError, ConfigError
-from ..state.model import RESERVED_PREFIX, Headers, Record, Row
+from ..state.model import RESERVED_PREFIX, Headers, Record, Row, StoredRecord
 from .collect import input_row
 from .dead_letters import CONNECT_PREFIX, ERROR_PREFIX, TRUNCATED_HEADER
 from .errors import CheckpointError
@@ -127,7 +127,7 @@ class DeadLetter:
         return replace(self, value=None, headers=(), log="", message=self.message[:500])
 
 
-def read_letter(record: Record) -> DeadLetter:
+def read_letter(record: StoredRecord) -> DeadLetter:
     """A record of a dead-letter topic, whoever wrote it; Kafka Connect's headers are understood as well."""
     texts: dict[str, str] = {}
     for name, value in record.headers:
@@ -238,7 +238,7 @@ def parse_id(text: str, topic: str) -> Place:
 # --- marks as records ------------------------------------------------------------------------------------------
 
 
-def with_mark(record: Record, marks: Mapping[Place, Mark]) -> DeadLetter:
+def with_mark(record: StoredRecord, marks: Mapping[Place, Mark]) -> DeadLetter:
     """A dead letter with its mark; a mark of another one that stood there before does not count."""
     letter = read_letter(record)
     mark = marks.get((record.partition, record.offset))
@@ -254,7 +254,7 @@ def place_of(record: Record) -> Place | None:
     return numbers[0], numbers[1]
 
 
-def decode_mark(record: Record) -> Mark:
+def decode_mark(record: StoredRecord) -> Mark:
     """Nothing is guessed: a mark that is overlooked would send a row twice.
 
     Raises:

@@ -577,10 +577,10 @@ class _Follower:
             return []
         async with deadline(self._timeout, f"read {EVENTS_TOPIC}"):
             found = await reader.fetch(list(self._positions), _FETCH_RECORDS, _FETCH_SECONDS)
-        lots = [records for records in found.values() if records]
-        for records in lots:
-            self._positions[TopicPartition(EVENTS_TOPIC, records[0].partition)] = records[-1].offset + 1
-        return lots
+        for tp, records in found.items():
+            if records:
+                self._positions[tp] = records[-1].offset + 1
+        return [records for records in found.values() if records]
 
     async def _open(self) -> Reader | None:
         """A reader at our positions; None where no topic is: then all that will be in it is news."""

@@ -211,7 +211,7 @@ class TopicLedger:
         return self._state
 
     def _fold(self, state: LedgerState, record: Record) -> None:
-        content = _content(record)
+        content = _content(self._tp, record)
         if isinstance(content, Entry):
             state.apply(content)
             self._since_snapshot += 1
@@ -246,7 +246,7 @@ class TopicLedger:
                     while position == before:
                         records = (await reader.fetch([self._tp], _FETCH_RECORDS, _FETCH_SECONDS)).get(self._tp, ())
                         position = await reader.position(self._tp)
-                contents = (_content(record) for record in records if record.offset < until)
+                contents = (_content(self._tp, record) for record in records if record.offset < until)
                 found = next((each for each in reversed([*contents]) if isinstance(each, _Snapshot)), found)
         finally:
             await to_the_end(reader.close())
@@ -415,7 +415,7 @@ def encode_snapshot(state: LedgerState, position: int) -> bytes:
     )
 
 
-def _content(record: Record) -> Entry | _Snapshot | None:
+def _content(tp: TopicPartition, record: Record) -> Entry | _Snapshot | None:
     """What a record says; None for one that no ledger wrote, which every reader leaves out alike.
 
     Raises:
@@ -427,14 +427,12 @@ def _content(record: Record) -> Entry | _Snapshot | None:
             raise _UnreadableError  # noqa: TRY301 - one way out for all that is unreadable
         if content["v"] > _VERSION:
             raise LedgerError(
-                f"{record.topic}/{record.partition}: offset {record.offset:,} was written by a newer rowmill; update "
+                f"{tp}: offset {record.offset:,} was written by a newer rowmill; update "
                 "this worker: it could count the money wrongly"
             )
         return _decode(content)
     except (_UnreadableError, ConfigError, ValueError, TypeError, KeyError, AttributeError):
-        log.warning(
-            "%s/%d: offset %d is no record of a ledger; left out", record.topic, record.partition, record.offset
-        )
+        log.warning("%s: offset %d is no record of a ledger; left out", tp, record.offset)
         return None
 
 

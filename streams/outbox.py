@@ -65,13 +65,16 @@ class Outbox(Sequence[Outgoing]):
         return len(self._keys)
 
     def __iter__(self) -> Iterator[Outgoing]:
+        return (_new_record((key, value, timestamp, tuple(headers))) for key, value, timestamp, headers in self.parts())
+
+    def parts(self) -> Iterator[tuple[bytes | None, bytes | None, int, list[Header]]]:
+        """Key, value, timestamp and headers of each record, for a broker that makes something else of them at once."""
         prefix, session = self._source_prefix, self._session
-        for key, value, timestamp, headers in zip(
-            self._keys, self._values, self._timestamps, self._headers, strict=True
-        ):
-            if headers.__class__ is int:
-                headers = ((SOURCE_HEADER, b"%b%d/0" % (prefix, headers)), session)
-            yield _new_record((key, value, timestamp, headers))
+        headers = (
+            [(SOURCE_HEADER, b"%b%d/0" % (prefix, each)), session] if isinstance(each, int) else list(each)
+            for each in self._headers
+        )
+        return zip(self._keys, self._values, self._timestamps, headers, strict=True)
 
     @overload
     def __getitem__(self, place: SupportsIndex) -> Outgoing: ...

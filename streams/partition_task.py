@@ -20,7 +20,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
-from itertools import chain, islice, repeat
+from itertools import islice, repeat
 from operator import attrgetter
 from typing import Any, Literal
 
@@ -34,6 +34,7 @@ from .catalog import UnknownTopicsError
 from .commits import Commits
 from .delivery import Forwarder
 from .in_flight import InFlight
+from .inbox import Inbox, size_of
 from .offsets import OffsetMap, OffsetTracker, decode_map
 from .options import WorkerOptions
 from .partition_state import PartitionState
@@ -48,7 +49,6 @@ _SHORTEST_LOT_SECONDS = 0.02
 _FLOW_LOT = 200
 _BEGUN_LOTS = 1_000
 
-_value_of = attrgetter("value")
 _offset_of = attrgetter("offset")
 
 FlowMaker = Callable[[OnDone, Callable[[], None], OnGivenUp], Flow]
@@ -109,7 +109,7 @@ class PartitionTask:
         self._processor: Processor
         self._commits: Commits
         self._tracker = OffsetTracker(decode_map(Committed(0)))
-        self._inbox: deque[Sequence[Record]] = deque()
+        self._inbox = Inbox()
         self._arrived = asyncio.Event()
         self._position = 0  # where the reader stands: everything before it was offered, or is a gap
         self._lot = 1
@@ -199,7 +199,7 @@ class PartitionTask:
         """What the rows in the inbox wait for, other than their turn."""
         if not self._inbox or not self._flying_rows:  # without rows in work, the next one may always begin
             return ""
-        return self._in_flight.full() if self._tracker.has_room(self._inbox[0][0].offset) else "map"
+        return self._in_flight.full() if self._tracker.has_room(self._inbox.first) else "map"
 
     def offer(self, records: Sequence[Record]) -> None:
         """Take records that the reader gave, in order. Those it gave before, ahead of a rebalance, are left out."""
@@ -207,10 +207,9 @@ class PartitionTask:
             records = [record for record in records if record.offset >= self._position]
             if not records:
                 return
-        self._inbox.append(records)
         self._position = records[-1].offset + 1
         self._buffered_rows += len(records)
-        self._buffered_bytes += _bytes(records)
+        self._buffered_bytes += self._inbox.add(records)
         self._arrived.set()
 
     def advance(self, position: int) -> None:
@@ -353,7 +352,7 @@ class PartitionTask:
             if not self._resumed.is_set():
                 await self._resumed.wait()
                 continue
-            taken = self._take(self._lot)
+            taken, size = self._take(self._lot)
             self._lot_in_work = True
             records = self._tracker.still_to_run(taken)
             began = self._note_begun(taken)
@@ -366,7 +365,8 @@ class PartitionTask:
                 if effects.halted_by is not None:
                     self._halt(effects.halted_by)
                     taken = _before(records[effects.rows], taken)
-                self._finish_lot(taken, effects)
+                    size = size_of(taken)
+                self._finish_lot(taken, size, effects)
             self._adapt(len(taken), self._clock.monotonic() - began)
         self._commits.end()
 
@@ -391,7 +391,7 @@ class PartitionTask:
         self._begun.append((end, now))
         return now
 
-    def _finish_lot(self, taken: Sequence[Record], effects: Effects) -> None:
+    def _finish_lot(self, taken: Sequence[Record], size: int, effects: Effects) -> None:
         self._lot_in_work = False
         self._lot_rows = 0
         if not taken:
@@ -401,21 +401,16 @@ class PartitionTask:
         # With nothing further in the inbox, a gap that was told meanwhile lies behind these rows.
         drained = not self._inbox and not self._draining
         self._tracker.pass_over(self._position if drained else taken[-1].offset + 1)
-        self._commits.add_lot(effects, len(taken), _bytes(taken))
+        self._commits.add_lot(effects, len(taken), size)
 
-    def _take(self, most: int) -> Sequence[Record]:
-        """The next records: as many as are there, up to ``most``; one that is under suspicion comes alone."""
+    def _take(self, most: int) -> tuple[Sequence[Record], int]:
+        """The next records, as many as are there up to ``most``, and their size; one under suspicion comes alone."""
         if self._state.starts:
             most = self._before_suspects(most)
-        taken = self._inbox.popleft()
-        while self._inbox and len(taken) < most:
-            taken = [*taken, *self._inbox.popleft()]
-        if len(taken) > most:
-            self._inbox.appendleft(taken[most:])
-            taken = taken[:most]
+        taken, size = self._inbox.take(most)
         last = taken[-1]
         self._state.saw(last.offset, last.timestamp)
-        return taken
+        return taken, size
 
     def _adapt(self, rows: int, seconds: float) -> None:
         """Size lots so that one takes about ``commit_interval``.
@@ -441,12 +436,12 @@ class PartitionTask:
                 await self._arrived.wait()
             elif not self._resumed.is_set():
                 await self._resumed.wait()
-            elif not self._may_begin(self._inbox[0][0]):
+            elif not self._may_begin(self._inbox.first):
                 self._room.clear()
                 self._in_flight.tell(self._room)
                 await self._room.wait()
             else:
-                await self._start(self._take(self._share()))
+                await self._start(*self._take(self._share()))
         await self._landed()
         self._commits.end()
 
@@ -457,24 +452,24 @@ class PartitionTask:
             self._room.clear()
             await self._room.wait()
 
-    async def _start(self, taken: Sequence[Record]) -> None:
+    async def _start(self, taken: Sequence[Record], size: int) -> None:
         """Begin rows; with care where one of them may have killed the process before."""
         self._lot_in_work = True  # they are in neither inbox nor tracker until they are begun
         try:
-            await self._start_with_care(taken)
+            await self._start_with_care(taken, size)
         finally:
             self._lot_in_work = False
 
-    async def _start_with_care(self, taken: Sequence[Record]) -> None:
+    async def _start_with_care(self, taken: Sequence[Record], size: int) -> None:
         if not self._needs_care(taken):
             await self._say_running()
-            self._begin(taken)
+            self._begin(taken, size)
             return
         suspect = taken[0].offset in self._state.starts
         if suspect:
             await self._landed()
         async with self._care(taken) as condemned:
-            self._begin(taken, condemned)
+            self._begin(taken, size, condemned)
             if suspect:
                 await self._landed()
 
@@ -493,16 +488,16 @@ class PartitionTask:
         if self._flow is not None:
             self._flow.check()
 
-    def _may_begin(self, record: Record) -> bool:
-        return self._tracker.has_room(record.offset) and (self._in_flight.has_room() or not self._flying_rows)
+    def _may_begin(self, offset: int) -> bool:
+        return self._tracker.has_room(offset) and (self._in_flight.has_room() or not self._flying_rows)
 
     def _share(self) -> int:
         """How many rows to begin in one go: few enough that no cap is passed by much, and the offset map fits."""
         free = self._options.max_in_flight - self._in_flight.rows
         most = max(1, min(_FLOW_LOT, free))
-        return self._tracker.fitting([record.offset for record in islice(chain.from_iterable(self._inbox), most)])
+        return self._tracker.fitting([record.offset for record in islice(self._inbox, most)])
 
-    def _begin(self, taken: Sequence[Record], condemned: Failure | None = None) -> None:
+    def _begin(self, taken: Sequence[Record], size: int, condemned: Failure | None = None) -> None:
         """Send rows into the flow, but those that the last owner completed, and those that are none."""
         assert self._flow is not None  # noqa: S101 - the caller is the flow's loop
         if self._draining:  # since they were taken: the row before them in their key may have been given up
@@ -511,9 +506,10 @@ class PartitionTask:
         if len(places) < len(taken):
             done = len(taken) - len(places)
             self._buffered_rows -= done
-            running = [taken[place] for place in places]
-            self._buffered_bytes -= _bytes(taken) - _bytes(running)
-            taken = running
+            taken = [taken[place] for place in places]
+            left = size_of(taken)
+            self._buffered_bytes -= size - left
+            size = left
             self._commits.schedule()
         if taken:
             self._note_begun(taken)
@@ -521,7 +517,6 @@ class PartitionTask:
         self._processor.decode(batch)
         if condemned is not None:
             batch.rows = [condemned for _ in taken]
-        size = _bytes(taken)
         self._flying_rows += len(taken)
         self._flying_bytes += size
         self._in_flight.begin(len(taken), size)
@@ -561,7 +556,7 @@ class PartitionTask:
         if not flights:  # they were already
             return
         records: list[Record] = [flight.sender for flight in flights]
-        size = _bytes(records)
+        size = size_of(records)
         self._flying_rows -= len(flights)
         self._flying_bytes -= size
         self._in_flight.end(len(flights), size)
@@ -575,14 +570,9 @@ class PartitionTask:
 
     def _before_suspects(self, most: int) -> int:
         """How many records may be taken together: one that was in work at a death only by itself."""
-        starts, count = self._state.starts, 0
-        for records in self._inbox:
-            for record in records:
-                if record.offset in starts:
-                    return max(1, count)
-                count += 1
-                if count >= most:
-                    return most
+        for count, record in enumerate(islice(self._inbox, most)):
+            if record.offset in self._state.starts:
+                return max(1, count)
         return most
 
     def _needs_care(self, records: Sequence[Record]) -> bool:
@@ -642,8 +632,3 @@ async def _until_one_fails(tasks: set[asyncio.Task[None]]) -> None:
         done, running = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
         if any(task.cancelled() or task.exception() is not None for task in done):
             return
-
-
-def _bytes(records: Sequence[Record]) -> int:
-    """Of their values."""
-    return sum(map(len, filter(None, map(_value_of, records))))

@@ -26,7 +26,7 @@ from ..state.artifacts import ArtifactError, materialize
 from ..state.codec import all_dicts, decode, decode_all, encode, encode_all
 from ..state.context import sum_costs
 from ..state.errors import BadRowError, ConfigError
-from ..state.model import RESERVED_PREFIX, Headers, Outgoing, Record, TopicPartition
+from ..state.model import RESERVED_PREFIX, Header, Headers, Outgoing, Record, TopicPartition
 from ..state.table import RowTables, TableSpec
 from ..state.tables import Layer, PartitionTables, TableUpdateError
 from .catalog import Catalog, UnknownTopicsError
@@ -146,13 +146,21 @@ class Placed(NamedTuple):
 class Batch:
     """Records on their way through the chain; ``rows`` holds what became of each so far."""
 
-    __slots__ = ("contexts", "halted_by", "records", "rows")
+    __slots__ = ("_has_headers", "contexts", "halted_by", "records", "rows")
 
     def __init__(self, records: Sequence[Record]) -> None:
         self.records = records
         self.rows: list[Outcome] = []
         self.contexts: list[RowContext] | None = None
         self.halted_by: Failure | None = None
+        self._has_headers: bool | None = None
+
+    @property
+    def has_headers(self) -> bool:
+        """Whether any of the records has some; asked on the way in and on the way out."""
+        if self._has_headers is None:
+            self._has_headers = any(map(_headers_of, self.records))
+        return self._has_headers
 
     def cut(self) -> None:
         """Leave out the row that ends the session, if one does, and all behind it."""
@@ -255,7 +263,7 @@ class Processor:
             BrokerError: topics that rows are emitted to cannot be looked up.
         """
         try:
-            with self._traced_lots.lot(records) if self._traced_lots is not None else nullcontext():
+            with self._traced_lots.lot(self._tp, records) if self._traced_lots is not None else nullcontext():
                 layer = Layer(self._tables) if self._tables and self._chain.takes_context else None
                 if self._chain.is_sync:
                     effects = await self._on_threads(self._run_sync(records, layer, asyncio.get_running_loop()))
@@ -417,7 +425,7 @@ class Processor:
         pipeline = self._pipeline
         text_keys = pipeline.keys == "text"
         rows: Sequence[Outcome] | None = None
-        if pipeline.input is None and _are_ordinary(batch.records, text_keys):
+        if pipeline.input is None and _are_ordinary(batch, text_keys):
             rows = decode_all([record.value for record in batch.records], pipeline.max_row_bytes, pipeline.max_depth)
         batch.rows = self._decode_each(batch.records, text_keys) if rows is None else list(rows)
         if self._chain.takes_context:
@@ -463,12 +471,11 @@ class Processor:
         if text_keys and record.key is not None:
             key = record.key.decode("utf-8", "replace")  # a bad key's row runs through no stage
         context = RowContext(
-            record.topic,
-            record.partition,
+            *self._tp,
             record.offset,
             record.timestamp,
             key,
-            _foreign(record.headers) if record.headers else (),
+            _foreign(record.headers),
             self._session.id,
             open_tables,
             self._runtime,
@@ -623,9 +630,9 @@ class Processor:
         """Choose the partition and add the headers that tell where a record came from."""
         partitions = self._catalog.partitions(topic)
         if topic == self._sink and self._same_partitions and out.key == record.key:
-            partition = record.partition
+            partition = self._tp.partition
         elif out.key is None:
-            partition = record.partition % partitions
+            partition = self._tp.partition % partitions
         else:
             partition = self._partitioner(topic, partitions).partition(out.key)
         source = (SOURCE_HEADER, f"{self._source_prefix}{record.offset}/{ordinal}".encode())
@@ -649,7 +656,7 @@ class Processor:
     def _bury(self, effects: Effects, record: Record, failure: Failure, lines: str = "") -> None:
         room = self._catalog.limit(self._session.dead_letters)
         connect = self._pipeline.name if self._pipeline.dead_letter_headers == "connect" else None
-        letter = dead_letter(record, failure, self._session.id, room, connect=connect, lines=lines)
+        letter = dead_letter(self._tp, record, failure, self._session.id, room, connect=connect, lines=lines)
         letter = letter._replace(timestamp=min(letter.timestamp, self._clock.now_ms()))
         self._outbox(effects, self._dead_letters).append(letter)
         effects.dead_letters += 1
@@ -699,6 +706,7 @@ class _Lot:
 
 
 _headers_of = attrgetter("headers")
+_placed_of = attrgetter("placed")
 _timestamp_of = attrgetter("timestamp")
 _ONE_OR_NONE = {dict, type(None)}
 
@@ -706,8 +714,10 @@ _ONE_OR_NONE = {dict, type(None)}
 def _spans(batch: Batch, now_ms: int) -> list[tuple[bool, slice]]:
     """The batch in stretches of rows that are plain, or are not. Almost always, all of it is one."""
     records, rows, contexts = batch.records, batch.rows, batch.contexts
-    are_ordinary = not any(map(_headers_of, records)) and max(map(_timestamp_of, records), default=0) <= now_ms
-    if contexts is None and are_ordinary and set(map(type, rows)) <= _ONE_OR_NONE:
+    if contexts is not None and set(map(type, map(_placed_of, contexts))) == {bytes}:
+        return [(True, slice(0, len(records)))]  # that was looked at when they were settled
+    is_bare = contexts is None and not batch.has_headers and set(map(type, rows)) <= _ONE_OR_NONE
+    if is_bare and max(map(_timestamp_of, records), default=0) <= now_ms:
         return [(True, slice(0, len(records)))]
     spans, start = [], 0
     plain = map(_is_plain, records, rows, contexts or repeat(None), repeat(now_ms))
@@ -730,24 +740,24 @@ def _is_plain(record: Record, outcome: Outcome, context: RowContext | None, now_
 
 def _values_of(batch: Batch) -> list[bytes]:
     """The results of plain rows; those of rows that wrote to tables were encoded when they were settled."""
-    if batch.contexts is None or not any(context.placed for context in batch.contexts):
+    if batch.contexts is None or not any(map(_placed_of, batch.contexts)):
         return encode_all(batch.rows)
     return [context.placed or encode(row) for row, context in zip(batch.rows, batch.contexts, strict=True)]
 
 
-def _are_ordinary(records: Sequence[Record], text_keys: bool) -> bool:
+def _are_ordinary(batch: Batch, text_keys: bool) -> bool:
     """Whether keys and headers need no look one by one."""
-    if any(map(_headers_of, records)):
+    if batch.has_headers:
         return False
-    return not text_keys or b"".join([record.key for record in records if record.key]).isascii()
+    return not text_keys or b"".join([record.key for record in batch.records if record.key]).isascii()
 
 
-def _foreign(headers: Headers) -> Headers:
+def _foreign(headers: Sequence[Header]) -> Headers:
     """Headers that are not rowmill's own."""
     return tuple(header for header in headers if not header[0].startswith(RESERVED_PREFIX)) if headers else ()
 
 
-def _check_headers(headers: Headers, marked: bool) -> None:
+def _check_headers(headers: Sequence[Header], marked: bool) -> None:
     for name, value in headers:
         if not name.isascii():
             _check_utf8("header name", name.encode("utf-8", "surrogateescape"))

@@ -21,7 +21,7 @@ from ..handlers.outcomes import Failure
 from ..state.clock import Clock, SystemClock
 from ..state.codec import dumps, loads
 from ..state.context import ExecutionContext
-from ..state.model import Committed, Headers, Outgoing, Record, TopicPartition
+from ..state.model import Committed, Headers, Outgoing, StoredRecord, TopicPartition
 from .brokers.base import Broker, TransactionalProducer
 from .brokers.open import open_broker
 from .catalog import Catalog
@@ -616,7 +616,7 @@ class _Distinct:
         self._last = value
 
 
-def describe_error(record: Record) -> ErrorInfo:
+def describe_error(record: StoredRecord) -> ErrorInfo:
     """A dead letter as the error it tells of."""
     return ErrorInfo(
         row_index=input_row(record),

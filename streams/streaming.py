@@ -21,7 +21,7 @@ from ..state.clock import SystemClock
 from ..state.codec import loads
 from ..state.context import checked_cost, sum_costs
 from ..state.errors import ConfigError, RowmillError
-from ..state.model import Record, TopicPartition
+from ..state.model import StoredRecord, TopicPartition, stored
 from .brokers.base import Broker, Reader
 from .brokers.open import open_broker
 from .collect import Result, partitions_of, result_of
@@ -378,18 +378,18 @@ class _Tail:
         self._reader: Reader | None = None
         self._partitions: list[TopicPartition] = []
 
-    async def read(self) -> list[Record]:
+    async def read(self) -> list[StoredRecord]:
         """Every record committed before this call and not read yet."""
         if self._reader is None:
             self._partitions = await partitions_of(self._broker, [self._topic])
             self._reader = self._broker.reader()
             await self._reader.start(await self._broker.offsets(self._partitions, "earliest"))
         ends = await self._broker.offsets(self._partitions, "high_watermark")
-        found: list[Record] = []
+        found: list[StoredRecord] = []
         async with deadline(_READ_SECONDS, f"read {self._topic}"):
             while left := await self._behind(self._reader, ends):
-                for records in (await self._reader.fetch(left, 5_000, 0.2)).values():
-                    found += records
+                for tp, records in (await self._reader.fetch(left, 5_000, 0.2)).items():
+                    found += stored(tp, records)
         return found
 
     async def _behind(self, reader: Reader, ends: Mapping[TopicPartition, int]) -> list[TopicPartition]:

@@ -29,7 +29,7 @@ from ..handlers.chain import Chain
 from ..handlers.context import RowContext
 from ..handlers.outcomes import Failure, Outcome
 from ..handlers.stage import Stage
-from ..state.model import Headers, Record
+from ..state.model import Header, Headers, Record, TopicPartition
 
 if TYPE_CHECKING:
     from opentelemetry.context import Context
@@ -119,7 +119,7 @@ def _headers_of(context: Context) -> Headers:
     return tuple((name, value.encode()) for name, value in carrier.items())
 
 
-def _context_of(headers: Headers) -> Context:
+def _context_of(headers: Sequence[Header]) -> Context:
     """The context that a record's headers tell; an empty one where they tell none, or rubbish."""
     from opentelemetry.context import Context
     from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
@@ -162,11 +162,11 @@ class Tracing:
         parent = _context_of(record.headers)
         about: _About = {
             **self._about,
-            "messaging.destination.name": record.topic,
-            "messaging.destination.partition.id": str(record.partition),
+            "messaging.destination.name": context.topic,
+            "messaging.destination.partition.id": str(context.partition),
             "messaging.kafka.offset": record.offset,
         }
-        span = self._tracer.start_span(f"process {record.topic}", parent, trace.SpanKind.CONSUMER, about)
+        span = self._tracer.start_span(f"process {context.topic}", parent, trace.SpanKind.CONSUMER, about)
         inside = trace.set_span_in_context(span, parent)
         row = RowTrace(span, inside)
         row.context = set_value(_ROW_KEY, row, inside)
@@ -223,23 +223,22 @@ class Tracing:
         return given_up
 
     @contextmanager
-    def lot(self, records: Sequence[Record]) -> Iterator[None]:
+    def lot(self, tp: TopicPartition, records: Sequence[Record]) -> Iterator[None]:
         """Around records that run through a chain of plain functions in one go."""
         from opentelemetry import trace
         from opentelemetry.context import Context
 
-        first = records[0]
         about: _About = {
             **self._about,
-            "messaging.destination.name": first.topic,
-            "messaging.destination.partition.id": str(first.partition),
-            "messaging.kafka.offset": first.offset,
+            "messaging.destination.name": tp.topic,
+            "messaging.destination.partition.id": str(tp.partition),
+            "messaging.kafka.offset": records[0].offset,
             "messaging.batch.message_count": len(records),
         }
         contexts = (_context_of(record.headers) for record in records if record.headers)
         links = _links(trace.get_current_span(context).get_span_context() for context in contexts)
         kind = trace.SpanKind.CONSUMER
-        with self._tracer.start_as_current_span(f"process {first.topic}", Context(), kind, about, links):
+        with self._tracer.start_as_current_span(f"process {tp.topic}", Context(), kind, about, links):
             yield
 
     # --- stages ------------------------------------------------------------------------------------------------

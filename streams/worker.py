@@ -728,7 +728,7 @@ class Worker(AssignmentListener):
         self.stats.add(tp, effects)
         self.stats.commit_seconds = seconds
         for record, failure in effects.failures:
-            self._runtime.tell(_row_failed(record, failure))
+            self._runtime.tell(_row_failed(tp, record, failure))
         log.debug("%s: committed %d rows in %.3f s", tp, effects.rows, seconds)
 
     def _halt(self, tp: TopicPartition, failure: Failure) -> None:
@@ -980,8 +980,8 @@ def _set_event() -> asyncio.Event:
     return event
 
 
-def _row_failed(record: Record, failure: Failure) -> Event:
-    place = {"topic": record.topic, "partition": record.partition, "offset": record.offset}
+def _row_failed(tp: TopicPartition, record: Record, failure: Failure) -> Event:
+    place = {"topic": tp.topic, "partition": tp.partition, "offset": record.offset}
     why = {"type": failure.kind, "message": failure.message[:_TOLD_CHARACTERS], "attempts": failure.attempts}
     return Event("row_failed", failure.stage, {**place, **why, "then": failure.then})
 

@@ -14,7 +14,7 @@ from .output import plural, say, write_line
 from .parser import Commands, add_broker, add_command, whole_number
 
 if TYPE_CHECKING:
-    from ...state.model import Record
+    from ...state.model import Record, StoredRecord
     from ..brokers.base import Broker
     from ..client import Start
 
@@ -128,7 +128,7 @@ async def _hold(args: argparse.Namespace, broker: Broker, start: Start, held: IO
     return skipped
 
 
-def _check_row(record: Record, output: Path) -> None:
+def _check_row(record: StoredRecord, output: Path) -> None:
     from ...state.codec import loads
     from ..errors import InputError
 
@@ -149,7 +149,7 @@ def _lines(held: IO[bytes]) -> Iterator[bytes]:
         yield line.rstrip(b"\n")
 
 
-async def _records(args: argparse.Namespace, broker: Broker, start: Start) -> AsyncGenerator[Record, None]:
+async def _records(args: argparse.Namespace, broker: Broker, start: Start) -> AsyncGenerator[StoredRecord, None]:
     """The records asked for."""
     from contextlib import aclosing
 
@@ -176,7 +176,7 @@ async def _check_partition(args: argparse.Namespace, broker: Broker) -> None:
 # --- one record ------------------------------------------------------------------------------------------------
 
 
-def _line(record: Record, *, with_meta: bool) -> bytes:
+def _line(record: StoredRecord, *, with_meta: bool) -> bytes:
     value = b"null" if record.value is None else record.value
     if with_meta:
         value = _with_meta(record, value)
@@ -184,7 +184,7 @@ def _line(record: Record, *, with_meta: bool) -> bytes:
     return value.replace(b"\n", b" ") if b"\n" in value else value
 
 
-def _with_meta(record: Record, value: bytes) -> bytes:
+def _with_meta(record: StoredRecord, value: bytes) -> bytes:
     """The value goes in as it stands, so that no number in it changes; what is no JSON, as a string."""
     from ...state.codec import dumps, loads
 

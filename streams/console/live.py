@@ -17,7 +17,7 @@ from aiohttp import web
 from ...state.clock import Clock
 from ...state.codec import dumps
 from ...state.errors import RowmillError
-from ...state.model import Record
+from ...state.model import StoredRecord
 from ..brokers.base import Broker
 from ..client import consume
 from .answers import RefusedRequestError, described
@@ -168,7 +168,7 @@ class Live:
                     beat = now
                     await _send(response, "beat", {"now_ms": self._clock.now_ms()})
 
-    async def _lots(self, topic: str, partition: int | None) -> AsyncGenerator[Sequence[Record]]:
+    async def _lots(self, topic: str, partition: int | None) -> AsyncGenerator[Sequence[StoredRecord]]:
         """What comes, and an empty list every second in which nothing does, until all is over."""
         lots = consume(self._broker, topic, start="end", follow=True, partition=partition)
         async with aclosing(lots):

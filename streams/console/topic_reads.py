@@ -9,7 +9,7 @@ from contextlib import suppress
 from typing import Any
 
 from ...state.clock import Clock
-from ...state.model import RESERVED_PREFIX, Record, TopicPartition
+from ...state.model import RESERVED_PREFIX, Record, StoredRecord, TopicPartition, stored
 from ..brokers.base import Broker
 from ..collect import partitions_of
 from ..deadlines import deadline
@@ -171,7 +171,7 @@ class TopicReads:
         self, starts: Mapping[TopicPartition, int], ends: Mapping[TopicPartition, int], limit: int, *, newest: bool
     ) -> tuple[list[dict[str, Any]], bool]:
         """Up to so many records, as JSON and within a size; and whether nothing was left out for want of time."""
-        held: list[tuple[tuple[int, int, int], Record]] = []
+        held: list[tuple[tuple[int, int, int], StoredRecord]] = []
         size, is_complete = 0, True
         try:
             async with asyncio.timeout(READ_SECONDS):
@@ -197,7 +197,7 @@ async def records_between(
     ends: Mapping[TopicPartition, int],
     *,
     only_first: bool = False,
-) -> AsyncGenerator[Record]:
+) -> AsyncGenerator[StoredRecord]:
     """Records from there to there, a hundred at a time: a fetch of more would hold them all.
 
     Args:
@@ -214,7 +214,7 @@ async def records_between(
         while left:
             for tp, records in (await reader.fetch(left, _LOT, 0.5)).items():
                 fitting = [record for record in records if record.offset < ends[tp]]
-                for record in fitting[:1] if only_first else fitting:
+                for record in stored(tp, fitting[:1] if only_first else fitting):
                     yield record
                 if only_first and fitting:
                     left = left - {tp}
@@ -223,7 +223,7 @@ async def records_between(
         await reader.close()
 
 
-def record_of(record: Record) -> dict[str, Any]:
+def record_of(record: StoredRecord) -> dict[str, Any]:
     """A record as JSON; what is long is cut."""
     return {
         "partition": record.partition,
@@ -235,7 +235,7 @@ def record_of(record: Record) -> dict[str, Any]:
     }
 
 
-async def _in_turn(record: Record) -> dict[str, Any]:
+async def _in_turn(record: StoredRecord) -> dict[str, Any]:
     """A record as JSON; then others have their turn on the event loop, as making JSON readable takes a while."""
     shown = record_of(record)
     await asyncio.sleep(0)

@@ -220,8 +220,8 @@ class Consumer(base.Consumer):
 
     def _to_message(self, tp: TP, record: Any) -> ConsumerMessage:
         return ConsumerMessage(
-            record.topic,
-            record.partition,
+            tp.topic,
+            tp.partition,
             record.offset,
             record.timestamp / 1000.0,
             0,

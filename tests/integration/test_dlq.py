@@ -237,7 +237,7 @@ async def fill(broker: Broker, name: str) -> None:
         partition = n % PARTITIONS
         key = b"k%d" % (n % 7) if n % 2 else None
         row = StoredRecord(f"{name}.in", partition, n, now, key, dumps({"n": n}))
-        letters[partition].append(dead_letter(row, Failure("work", "ValueError", "no", 1, ""), "live", 100_000))
+        letters[partition].append(dead_letter(row.tp, row, Failure("work", "ValueError", "no", 1, ""), "live", 100_000))
     producer = broker.producer()
     await producer.start()
     for partition, records in letters.items():

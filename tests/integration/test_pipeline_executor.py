@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import os
 import signal
 import subprocess
@@ -62,7 +63,7 @@ class Paid:
         self.calls: Counter[int] = Counter()
         self.enough = threading.Event()
         """Set when some rows were begun."""
-        self.most_calls: Callable[[], int] = lambda: COUNT
+        self.most_calls: Callable[[], float] = lambda: math.inf
         """How many may be made by now; further ones wait until it tells more."""
         self._seconds = seconds
 
@@ -140,7 +141,7 @@ def pausing(executor: PipelineExecutor, paid: Paid, times: int = 1, *, rows: int
     pauses = Pauses(times)
     pauses.executor = executor
     executor.add_observer(pauses)
-    paid.most_calls = lambda: rows * (times - pauses.left + 1) // (times + 1)
+    paid.most_calls = lambda: rows * (times - pauses.left + 1) // (times + 1) if pauses.left else math.inf
     return pauses
 
 

@@ -45,7 +45,7 @@ def letter(number: int, *, topic: str = "in", partition: int = 0, key: bytes | N
     )
     row = record({"n": number}, offset=number, topic=topic, partition=partition, key=key, timestamp=1_000 + number,
                  headers=(("trace", b"t"), ("rowmill.session", b"x")))  # fmt: skip
-    return dead_letter(row, failure, "live", fault.get("room", 1_000_000))
+    return dead_letter(row.tp, row, failure, "live", fault.get("room", 1_000_000))
 
 
 def fill(broker: FakeBroker, *letters: Outgoing, partition: int = 0) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from rowmill.state.checkpoint import CHECKPOINT_KEY, CheckpointRecord
 from rowmill.state.context import ExecutionContext, session_uuid
-from rowmill.state.model import Record, TopicPartition
+from rowmill.state.model import StoredRecord, TopicPartition, stored
 from rowmill.streams.brokers.base import Reader
 from rowmill.streams.errors import BrokerError
 from rowmill.streams.event_records import EVENTS_TOPIC
@@ -43,7 +43,7 @@ class Reads:
     """Counts the records that readers give."""
 
     def __init__(self, broker: FakeBroker, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.records: list[Record] = []
+        self.records: list[StoredRecord] = []
         self.readers = 0
         make = broker.reader
 
@@ -54,7 +54,7 @@ class Reads:
 
             async def noted(*arguments: Any) -> Any:
                 found = await fetch(*arguments)
-                self.records += [record for records in found.values() for record in records]
+                self.records += [record for tp, records in found.items() for record in stored(tp, records)]
                 return found
 
             monkeypatch.setattr(made, "fetch", noted)

@@ -19,7 +19,7 @@ from rowmill.handlers.chain import Chain
 from rowmill.handlers.context import RowContext
 from rowmill.handlers.outcomes import Failure
 from rowmill.handlers.stage import Stage, make_stage
-from rowmill.state.model import Headers, StoredRecord
+from rowmill.state.model import Headers, StoredRecord, TopicPartition
 from rowmill.streams import tracing
 from rowmill.streams.tracing import Tracing, find_tracing, publishing
 
@@ -177,7 +177,9 @@ def test_a_lot_of_plain_functions(spans: Spans) -> None:
     """One span for all, with links to the rows' traces that somebody records."""
     unsampled = f"00-{TRACE}-{SPAN}-00"
     traced = [record((("traceparent", f"00-{TRACE}-{n:016x}-01".encode()),)) for n in range(1, 200)]
-    with spans.tracing.lot([record(), record((("traceparent", unsampled.encode()),)), *traced]):
+    with spans.tracing.lot(
+        TopicPartition("reviews", 2), [record(), record((("traceparent", unsampled.encode()),)), *traced]
+    ):
         pass
     span = spans.named("process reviews")
     assert span.attributes is not None
