@@ -89,6 +89,7 @@ CALL_SECONDS = 30.0
 CLOSE_SECONDS = 5.0
 """How long an orderly goodbye may take before connections are simply cut."""
 _CANCELLED_CLOSE_SECONDS = 1.0
+_BOOTSTRAP_SECONDS = 0.5
 RETRY_PAUSE = 0.1
 _HEARTBEAT_MS = 300
 _FETCH_WAIT_MS = 100
@@ -220,11 +221,13 @@ class KafkaBroker(Broker):
         )
         try:
             async with asyncio.timeout(START_SECONDS):
-                await admin.start()
-                await lookup.start()
-        except (TimeoutError, kafka_errors.KafkaError, OSError) as error:
+                await _begin(admin.start(), admin._client)  # noqa: SLF001
+                await _begin(lookup.start(), lookup._client)  # noqa: SLF001
+        except BaseException as error:
             await _stop(lookup.stop(), lookup._client)  # noqa: SLF001 - a failed start leaves connections open
             await _stop(admin.close(), admin._client)  # noqa: SLF001
+            if not isinstance(error, (TimeoutError, kafka_errors.KafkaError, OSError)):
+                raise
             raise BrokerUnreachableError(
                 f"{self.url}: no broker answers ({_reason(error)}); check the address, that Kafka runs there, and "
                 "its TLS and SASL settings"
@@ -356,7 +359,7 @@ class KafkaBroker(Broker):
             if self._uncommitted is None:
                 consumer = aiokafka.AIOKafkaConsumer(enable_auto_commit=False, **self._connection)
                 try:
-                    await consumer.start()
+                    await _begin(consumer.start(), consumer._client)  # noqa: SLF001
                 except BaseException:
                     await _stop(consumer.stop(), consumer._client)  # noqa: SLF001
                     raise
@@ -715,6 +718,26 @@ def _release(admin: AIOKafkaAdminClient) -> str:
     return "unknown"
 
 
+async def _begin(start: Coroutine[Any, Any, None], network: Any) -> None:
+    """Start a client. Who gives up meanwhile waits, half a second at most, until it knows its cluster.
+
+    A client that is cancelled while it asks its first connection for metadata forgets that connection (aiokafka 0.14.0,
+    ``AIOKafkaClient.bootstrap``): its own stop would not close it.
+    """
+    starting = asyncio.create_task(start)
+    starting.add_done_callback(_asked)
+    try:
+        await asyncio.shield(starting)
+    except asyncio.CancelledError:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_BOOTSTRAP_SECONDS):
+                while network._sync_task is None and not starting.done():  # noqa: SLF001, ASYNC110 - it tells nobody
+                    await asyncio.sleep(_SHORT_PAUSE)
+        starting.cancel()
+        await asyncio.wait({starting}, timeout=_CANCELLED_CLOSE_SECONDS)
+        raise
+
+
 async def _stop(goodbye: Coroutine[Any, Any, Any], client: Any) -> None:
     """An orderly stop with a deadline; with the broker gone the client's own would wait for ever (FACTS).
 
@@ -886,7 +909,7 @@ class KafkaReader(Reader):
         # Longer than a broker's start: right after one restarted, its coordinators load their logs first.
         async with deadline(CALL_SECONDS, "connect a consumer"):
             with _translated("connect a consumer"):
-                await self._client.start()
+                await _begin(self._client.start(), self._client._client)  # noqa: SLF001
         self._client._fetcher._records = _Arrivals(self._client._fetcher._records)  # noqa: SLF001 - no other way in
 
     async def fetch(
@@ -1048,7 +1071,7 @@ class KafkaProducer(Producer):
     async def start(self) -> None:
         """Connect; a transactional one fences its predecessor here."""
         with _translated("start a producer"):
-            await self._client.start()
+            await _begin(self._client.start(), self._client.client)
 
     async def send(self, tp: TopicPartition, records: Sequence[Outgoing]) -> Awaitable[None]:
         """Batch and hand over."""

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
+import gc
 import socket
 import time
+import warnings
 from collections.abc import AsyncIterator
 
 import pytest
@@ -37,3 +40,25 @@ async def test_nobody_answers(there: str) -> None:
             await broker.start()
         assert time.monotonic() - began < 9
     await broker.close()
+
+
+@pytest.mark.timeout(120)
+async def test_starts_that_are_given_up(kafka: str, recwarn: pytest.WarningsRecorder) -> None:
+    """At whatever moment a start is cancelled, what it had opened is closed by close()."""
+    warnings.simplefilter("always", ResourceWarning)
+    broker = open_broker(f"kafka://{kafka}", environment={})
+    await broker.start()
+    given_up = 0
+    for moment in range(60):
+        reader, producer = broker.reader(), broker.producer()
+        starting = [asyncio.create_task(reader.start({})), asyncio.create_task(producer.start())]
+        await asyncio.sleep(moment / 2_000)
+        for start in starting:
+            given_up += start.cancel()
+        await asyncio.wait(starting)
+        await asyncio.gather(reader.close(), producer.close())
+        del reader, producer, starting, start
+        gc.collect()
+    await broker.close()
+    assert given_up > 20
+    assert [str(each.message) for each in recwarn if "Unclosed" in str(each.message)] == []
