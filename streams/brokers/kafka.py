@@ -844,6 +844,8 @@ class _BareRecords(PartitionRecords):  # type: ignore[misc]  # the client has no
 
     def __init__(self, packed: PartitionRecords) -> None:
         self.__dict__.update(vars(packed))
+        # It holds the client's object, which holds it and all that was fetched, until the collector comes by.
+        self._records_iterator.close()
         self._position: int = packed.next_fetch_offset  # behind the batches that were unpacked
         self._batches = self._unpack()
         self.ahead: list[Record] = []

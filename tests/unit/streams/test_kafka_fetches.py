@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import struct
+import weakref
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -168,6 +170,25 @@ def test_a_damaged_batch() -> None:
     assert assignment.position == 0
     assert [record.offset for record in fetched.getall(10)] == [0, 1, 2]
     assert assignment.position == 3
+
+
+def test_what_is_taken_is_let_go() -> None:
+    """Without the garbage collector's help: of what was fetched, megabytes of it, nothing stays behind."""
+    data, _, _ = log_of([Piece("plain", 0, 5, 0)] * 3)
+    theirs = packed(data, [], 0)
+    arrivals, fetched = arrived(theirs, Assignment(0))
+    kept = [weakref.ref(theirs), weakref.ref(fetched._partition_records), weakref.ref(fetched)]
+    gc.disable()
+    try:
+        del theirs
+        assert len(fetched.getall(4)) == 4
+        assert kept[0]() is None
+        assert len(fetched.getall(100)) == 11
+        assert kept[1]() is None
+        del fetched, arrivals[TP]
+        assert kept[2]() is None
+    finally:
+        gc.enable()
 
 
 def test_errors_stay_as_they_are() -> None:
