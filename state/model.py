@@ -19,6 +19,11 @@ RESERVED_PREFIX = "rowmill."
 """Header names that only rowmill writes; inbound ones are dropped before anybody reads them."""
 
 
+def foreign(headers: Sequence[Header]) -> Headers:
+    """Headers that are not rowmill's own."""
+    return tuple(header for header in headers if not header[0].startswith(RESERVED_PREFIX)) if headers else ()
+
+
 class TopicPartition(NamedTuple):
     """One partition of one topic: the unit of order, state, transaction and checkpoint."""
 
@@ -70,8 +75,8 @@ class StoredRecord(NamedTuple):
         return TopicPartition(self.topic, self.partition)
 
 
-# The class's own constructor is Python code; this is the same tuple built in C.
-_new_stored = partial(tuple.__new__, StoredRecord)
+# The classes' own constructors are Python code; these build the same tuples in C, of all their fields in order.
+new_stored = partial(tuple.__new__, StoredRecord)
 
 
 def stored(tp: TopicPartition, records: Iterable[Record]) -> list[StoredRecord]:
@@ -80,7 +85,7 @@ def stored(tp: TopicPartition, records: Iterable[Record]) -> list[StoredRecord]:
     return [
         record
         if record.__class__ is StoredRecord
-        else _new_stored(
+        else new_stored(
             (topic, partition, record.offset, record.timestamp, record.key, record.value, tuple(record.headers))
         )
         for record in records
@@ -94,6 +99,9 @@ class Outgoing(NamedTuple):
     value: bytes | None
     timestamp: int
     headers: Headers = ()
+
+
+new_outgoing = partial(tuple.__new__, Outgoing)
 
 
 class Committed(NamedTuple):

@@ -13,13 +13,12 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import partial
 from itertools import islice
 from threading import Lock
 
 from .codec import dumps, loads
 from .errors import BadRowError, RowmillError
-from .model import Outgoing, Record
+from .model import Outgoing, Record, new_outgoing
 from .store import Change, Store, StoreError
 from .table import (
     Operation,
@@ -45,8 +44,6 @@ _DESCRIBE_EVERY_MS = 3_600_000
 _SWEEP = 500
 _SWEEP_EVERY_MS = 1_000
 _ENTRY = 130  # bytes that Python needs for two bytes objects and their place in a dictionary
-# The class's own constructor is Python code; this is the same tuple built in C.
-_new_record = partial(tuple.__new__, Outgoing)
 _WRITE = 2_000  # records per batch: rocksdict holds the GIL while it writes one (FACTS)
 
 
@@ -238,9 +235,9 @@ class PartitionTables(Layer):
     def records(taken: Mapping[bytes, Stamped | None], now_ms: int) -> list[Outgoing]:
         """What was taken, as changelog records: a value carries its own time, a deletion the present."""
         return [
-            _new_record((key, None, now_ms, ()))
+            new_outgoing((key, None, now_ms, ()))
             if value is None
-            else _new_record((key, value[8:], min(time_of(value), now_ms), ()))
+            else new_outgoing((key, value[8:], min(time_of(value), now_ms), ()))
             for key, value in taken.items()
             if key[0]
         ]

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from ..handlers.chain import Failure
-from ..state.model import RESERVED_PREFIX, Header, Headers, Outgoing, Record, TopicPartition
+from ..state.model import RESERVED_PREFIX, Headers, Outgoing, Record, TopicPartition, foreign
 from .session import SESSION_HEADER
 
 ERROR_PREFIX = RESERVED_PREFIX + "error."
@@ -44,7 +42,7 @@ def dead_letter(
     error = _error_headers(tp, record, failure, session, lines)
     if connect is not None:
         error += _connect_headers(tp, record, failure, connect)
-    kept = tuple((_readable(name), value) for name, value in _foreign(record.headers))
+    kept = tuple((_readable(name), value) for name, value in foreign(record.headers))
     value = record.value
     room = max_bytes - len(record.key or b"") - _size(error)
     if len(value or b"") + _size(kept) > room:
@@ -88,10 +86,6 @@ def _connect_headers(tp: TopicPartition, record: Record, failure: Failure, pipel
         "exception.stacktrace": failure.where,
     }
     return tuple((CONNECT_PREFIX + name, text.encode("utf-8", "replace")) for name, text in values.items() if text)
-
-
-def _foreign(headers: Sequence[Header]) -> Headers:
-    return tuple(header for header in headers if not header[0].startswith(RESERVED_PREFIX))
 
 
 def _readable(name: str) -> str:

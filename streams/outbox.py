@@ -9,14 +9,10 @@ Python's garbage collector then walks through again and again: a fifth of all pr
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from functools import partial
 from typing import SupportsIndex, overload
 
-from ..state.model import Header, Headers, Outgoing
+from ..state.model import Header, Headers, Outgoing, new_outgoing
 from .session import SOURCE_HEADER
-
-# The class's own constructor is Python code; this is the same tuple built in C.
-_new_record = partial(tuple.__new__, Outgoing)
 
 
 class Outbox(Sequence[Outgoing]):
@@ -65,7 +61,9 @@ class Outbox(Sequence[Outgoing]):
         return len(self._keys)
 
     def __iter__(self) -> Iterator[Outgoing]:
-        return (_new_record((key, value, timestamp, tuple(headers))) for key, value, timestamp, headers in self.parts())
+        return (
+            new_outgoing((key, value, timestamp, tuple(headers))) for key, value, timestamp, headers in self.parts()
+        )
 
     def parts(self) -> Iterator[tuple[bytes | None, bytes | None, int, list[Header]]]:
         """Key, value, timestamp and headers of each record, for a broker that makes something else of them at once."""

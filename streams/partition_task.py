@@ -475,7 +475,7 @@ class PartitionTask:
 
     def _give_up(self, flights: Sequence[Flight], failure: Failure | None) -> None:
         """Rows that end undone: the next owner runs them."""
-        size = sum(len(flight.sender.value or b"") for flight in flights)
+        size = size_of([flight.sender for flight in flights])
         self._flying_rows -= len(flights)
         self._flying_bytes -= size
         self._in_flight.end(len(flights), size)

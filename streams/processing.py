@@ -26,7 +26,7 @@ from ..state.artifacts import ArtifactError, materialize
 from ..state.codec import all_dicts, decode, decode_all, encode, encode_all
 from ..state.context import sum_costs
 from ..state.errors import BadRowError, ConfigError
-from ..state.model import RESERVED_PREFIX, Header, Headers, Outgoing, Record, TopicPartition
+from ..state.model import RESERVED_PREFIX, Header, Headers, Outgoing, Record, TopicPartition, foreign
 from ..state.table import RowTables, TableSpec
 from ..state.tables import Layer, PartitionTables, TableUpdateError
 from .catalog import Catalog, UnknownTopicsError
@@ -475,7 +475,7 @@ class Processor:
             record.offset,
             record.timestamp,
             key,
-            _foreign(record.headers),
+            foreign(record.headers),
             self._session.id,
             open_tables,
             self._runtime,
@@ -598,7 +598,7 @@ class Processor:
     def _result(
         self, record: Record, context: RowContext | None, ordinal: int, row: object
     ) -> tuple[TopicPartition, Outgoing]:
-        key, timestamp, headers = record.key, record.timestamp, _foreign(record.headers)
+        key, timestamp, headers = record.key, record.timestamp, foreign(record.headers)
         if context is not None:
             key = context.key.encode() if isinstance(context.key, str) else context.key
             headers = context.headers
@@ -750,11 +750,6 @@ def _are_ordinary(batch: Batch, text_keys: bool) -> bool:
     if batch.has_headers:
         return False
     return not text_keys or b"".join([record.key for record in batch.records if record.key]).isascii()
-
-
-def _foreign(headers: Sequence[Header]) -> Headers:
-    """Headers that are not rowmill's own."""
-    return tuple(header for header in headers if not header[0].startswith(RESERVED_PREFIX)) if headers else ()
 
 
 def _check_headers(headers: Sequence[Header], marked: bool) -> None:
